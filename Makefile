@@ -1,0 +1,52 @@
+# Everything sets itself up: `make train` and `make test` on a fresh machine need Python >= 3.10 and a network.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+
+# Where pip finds the CPU build of torch if the user's own pip settings do not offer one.
+TORCH_PIP_ARGS ?= --index-url https://download.pytorch.org/whl/cpu
+
+.PHONY: setup train test test-all lint format wheel clean
+.DEFAULT_GOAL := train
+
+setup: $(VENV)/.installed
+
+# torch comes first and pinned: left to other packages, pip takes several GB of CUDA libraries on any machine.
+$(VENV)/.installed: pyproject.toml constraints.txt Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if command -v nvidia-smi >/dev/null 2>&1; then \
+		$(BIN)/pip install "torch==$(TORCH)"; \
+	else \
+		$(BIN)/pip install "torch==$(TORCH)+cpu" 2>/dev/null || $(BIN)/pip install "torch==$(TORCH)" $(TORCH_PIP_ARGS); \
+	fi
+	DS_BUILD_OPS=0 $(BIN)/pip install -c constraints.txt -e ".[train,deepspeed,dev]"
+	touch $@
+
+# The default run: a small LLaMA on real text, sharded over two processes (or over all GPUs).
+# More: make train ARGS="optimizer=trion train.steps=500"
+train: setup
+	$(BIN)/dist-lowrank train $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+# Also what takes long: the full flake hunt and other slow checks.
+test-all: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: setup
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache
