@@ -1,0 +1,119 @@
+"""DCT-AdamW: AdamW on the gradient columns of most energy in a fixed orthonormal dictionary (arXiv 2505.17967)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_lowrank.optim.dense import DenseOptions
+from dist_lowrank.optim.engine import WORKSPACE_BYTES, LowRankOptimizer
+from dist_lowrank.optim.moments import Adam
+from dist_lowrank.optim.options import check_choice
+from dist_lowrank.optim.recipe import Recipe
+from dist_lowrank.optim.residuals import Accumulate, Drop, Residual
+
+_RESIDUALS: dict[str, Residual] = {
+    "none": Drop(),
+    "fp32": Accumulate("error_feedback", "error_feedback", dtype=torch.float32),
+}
+
+
+class DCTAdamW(LowRankOptimizer):
+    """AdamW in the subspace of the r dictionary columns that hold most of the gradient's energy.
+
+    For a matrix in tall form, `A` (L x n), with dictionary `D`:
+
+        A <- A + E                                     E = 0 unless error feedback is on
+        I <- the r columns of A D of most energy       at step 1 and at multiples of refresh_interval
+        m, v <- moved with their columns               a fresh column starts at zero
+        a <- (A D)[:, I];   E <- A - a D_I^T
+        m <- b1 m + (1 - b1) a;   v <- b2 v + (1 - b2) a^2
+        W <- (1 - lr wd) W - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) D_I^T
+
+    State per matrix: r integers and two L x r moments, sharded like the rows of the matrix. Two-dimensional
+    parameters take this path unless their group says `low_rank=False`; all others are AdamW with the same options.
+
+    Args:
+        params: tensors, named tensors or groups, as for any torch optimizer (see also `param_groups`). Every option
+            can differ per group. Plain tensors or DTensors; the sharding is read from them at the first step.
+        lr, betas, eps, weight_decay: as AdamW's. `betas` default to (0.9, 0.99): with 0.999 a fresh column's first
+            step is 3.2 times the learning rate.
+        rank: number of columns (int) or fraction of n (float).
+        refresh_interval: steps between choices of columns.
+        dictionary: `dct2`, `dct3`, `hadamard` (n a power of two), `random`, `identity`.
+        ranking: `l2`, by energy, or `l1`, by sum of absolute values.
+        side: `shorter` compresses the shorter axis (square: right), `longer` the other, `right` axis 1, `left` axis 0.
+            Decided from the global shape.
+        transition: of the moments at a refresh: `move`, `reset`, `keep`.
+        error_feedback: `none`, or `fp32`: what was not selected returns with the next gradient.
+        column_bias_correction: bias-correct each column by its age instead of by the step.
+        moment_dtype: `torch.float32`, `torch.bfloat16`, or None for the dtype of the arithmetic, which is float32, or
+            float64 for float64 parameters.
+        seed: of the `random` dictionary.
+        process_group: ranks that hold replicas of plain-tensor parameters; default: the default group, if initialised.
+            They divide the rows among them. No effect on DTensors.
+        workspace_bytes: bound on the transient memory of a step; a single matrix may exceed it.
+
+    Raises:
+        ValueError: for an option that is not allowed, naming it, its value and what is.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | float = 0.25,
+        refresh_interval: int = 1,
+        dictionary: str = "dct2",
+        ranking: str = "l2",
+        side: str = "shorter",
+        transition: str = "move",
+        error_feedback: str = "none",
+        column_bias_correction: bool = False,
+        moment_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+        workspace_bytes: int = WORKSPACE_BYTES,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "refresh_interval": refresh_interval,
+            "dictionary": dictionary,
+            "ranking": ranking,
+            "side": side,
+            "transition": transition,
+            "error_feedback": error_feedback,
+            "column_bias_correction": column_bias_correction,
+            "moment_dtype": moment_dtype,
+            "seed": seed,
+        }
+        super().__init__(params, defaults, process_group=process_group, workspace_bytes=workspace_bytes)
+
+    def recipe(self, group: dict[str, Any]) -> Recipe:
+        check_choice("error_feedback", group["error_feedback"], tuple(_RESIDUALS))
+        return Recipe(
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            rank=group["rank"],
+            side=group["side"],
+            dictionary=group["dictionary"],
+            ranking=group["ranking"],
+            seed=group["seed"],
+            refresh_interval=group["refresh_interval"],
+            moments=Adam(group["betas"], group["eps"], group["column_bias_correction"], group["moment_dtype"]),
+            residual=_RESIDUALS[group["error_feedback"]],
+            transition=group["transition"],
+        )
+
+    def dense_options(self, group: dict[str, Any]) -> DenseOptions:
+        return DenseOptions(group["lr"], group["betas"], group["eps"], group["weight_decay"])

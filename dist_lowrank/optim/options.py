@@ -1,0 +1,51 @@
+"""Checks of optimizer options; each error names the option, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def refuse(name: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"{name}: {value!r} is not allowed; allowed: {allowed}")
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
+        raise refuse(name, value, ", ".join(str(choice) for choice in allowed))
+
+
+def check_number(name: str, value: Any, *, positive: bool = False, below: float = math.inf) -> None:
+    """A finite number >= 0 (`positive`: > 0) and < `below`. One-element tensors count as numbers."""
+    lower = "> 0" if positive else ">= 0"
+    upper = "" if below == math.inf else f" and < {below:g}"
+    try:
+        number = math.nan if isinstance(value, (str, bool)) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number < below and (number > 0 if positive else number >= 0)):
+        raise refuse(name, value, f"a number {lower}{upper}")
+
+
+def check_betas(name: str, value: Any) -> None:
+    try:
+        first, second = value
+        check_number(name, first, below=1)
+        check_number(name, second, below=1)
+    except (TypeError, ValueError):
+        raise refuse(name, value, "two numbers >= 0 and < 1") from None
+
+
+def check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise refuse(name, value, "an integer >= 1")
+
+
+def check_rank(value: Any) -> None:
+    """An integer is a number of columns, a float a fraction of n."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return
+    if isinstance(value, float) and 0 < value <= 1:
+        return
+    raise refuse("rank", value, "an integer >= 1 (columns) or a float > 0 and <= 1 (fraction of n)")

@@ -1,0 +1,111 @@
+"""A low-rank optimizer is a recipe of four parts; this is the rule that they make.
+
+- subspace: which directions (here: columns of a fixed dictionary, by energy);
+- moments: what happens inside the subspace;
+- residual: what happens to the rest;
+- transition: what happens to the moments when the subspace changes.
+
+The rule reads as if it ran on one process. It sees plain tensors: this rank's rows of a matrix in tall form. Where it
+needs a sum over all rows it yields its own part and gets the total (`dist_lowrank.sharding.rounds`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_lowrank.dictionaries import Dictionary, check_dictionary
+from dist_lowrank.optim.moments import Moments
+from dist_lowrank.optim.options import check_choice, check_count, check_number, check_rank
+from dist_lowrank.optim.residuals import Residual
+from dist_lowrank.optim.state import StateTensor
+from dist_lowrank.optim.transitions import TRANSITIONS, change_columns
+from dist_lowrank.sharding.layouts import SIDES, TallForm
+from dist_lowrank.sharding.rounds import Rule
+from dist_lowrank.subspaces import RANKINGS, column_scores, index_dtype, top_columns
+
+# Step size of a matrix relative to the learning rate, from its global shape (R, C).
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "none": lambda rows, cols: 1.0,
+    "spectral": lambda rows, cols: max(1.0, (rows / cols) ** 0.5),
+    "match_rms_adamw": lambda rows, cols: 0.2 * max(rows, cols) ** 0.5,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The low-rank path of one parameter group."""
+
+    lr: float
+    weight_decay: float
+    rank: int | float
+    side: str
+    dictionary: str
+    ranking: str
+    seed: int
+    refresh_interval: int
+    moments: Moments
+    residual: Residual
+    transition: str = "move"
+    scale: str = "none"
+
+    def __post_init__(self) -> None:
+        check_number("lr", self.lr)
+        check_number("weight_decay", self.weight_decay)
+        check_rank(self.rank)
+        check_choice("side", self.side, SIDES)
+        check_dictionary(self.dictionary)
+        check_choice("ranking", self.ranking, RANKINGS)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed: {self.seed!r} is not allowed; allowed: an integer")
+        check_count("refresh_interval", self.refresh_interval)
+        check_choice("transition", self.transition, TRANSITIONS)
+        check_choice("scale", self.scale, tuple(SCALES))
+
+    def state(self, form: TallForm, dtype: torch.dtype) -> dict[str, StateTensor]:
+        """All state of one matrix whose update is computed in `dtype`."""
+        return {
+            "indices": StateTensor(form.rank, index_dtype(form.n), "indices", sharded=False),
+            **self.moments.state(form, dtype),
+            **self.residual.state(form, dtype),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a rule returns: `direction @ D[:, indices]^T` is to be subtracted, times the step size."""
+
+    direction: Tensor  # (l, r), this rank's rows
+    indices: Tensor  # (r,) int64
+    scores: Tensor | None  # (n,) summed over ranks, if the columns were chosen at this step
+
+
+def low_rank_rule(
+    rows: Tensor, state: Mapping[str, Tensor], step: int, recipe: Recipe, form: TallForm, dictionary: Dictionary
+) -> Rule[Update]:
+    """One update of one matrix.
+
+    Args:
+        rows: this rank's rows of the gradient, (l, n), float32 or float64; not modified.
+        state: this rank's tensors as `recipe.state` declares them; updated in place.
+        step: number of this update, from 1. The columns are chosen at step 1 and at multiples of `refresh_interval`.
+    """
+    refresh = step == 1 or step % recipe.refresh_interval == 0
+    indices, scores = state["indices"].long(), None
+    if refresh or recipe.residual.needs_coordinates:
+        coordinates = recipe.residual.add_stored(dictionary.transform(rows), state)  # (l, n)
+        if refresh:
+            scores = yield column_scores(coordinates, recipe.ranking)  # (n,)
+            chosen = top_columns(scores, form.rank)
+            change_columns(recipe.transition, recipe.moments.columns(state), indices, chosen, form.n)
+            state["indices"].copy_(chosen)
+            indices = chosen
+        coefficients = coordinates.index_select(1, indices)  # (l, r)
+        recipe.residual.store(coordinates, indices, coefficients, state)
+    else:
+        coefficients = dictionary.project(rows, indices)
+    direction = yield from recipe.moments.direction(coefficients, state, step)
+    return Update(direction, indices, scores)

@@ -1,0 +1,76 @@
+"""What happens to the part of the gradient outside the subspace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from dist_lowrank.optim.options import check_number
+from dist_lowrank.optim.state import StateTensor
+from dist_lowrank.sharding.layouts import TallForm
+
+
+class Residual(Protocol):
+    """Adds what was left over to the coordinates of a gradient, and keeps what is left over now."""
+
+    needs_coordinates: ClassVar[bool]  # at every step, not only at a refresh
+
+    def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]: ...
+
+    def add_stored(self, coordinates: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """Coordinates (l, n) plus what is stored; may return the stored tensor itself, updated."""
+
+    def store(self, coordinates: Tensor, indices: Tensor, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Stores what is left of the sum (l, n) after its `coefficients` (l, r) at `indices` were used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """The rest is dropped."""
+
+    needs_coordinates: ClassVar[bool] = False
+
+    def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
+        return {}
+
+    def add_stored(self, coordinates: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        return coordinates
+
+    def store(self, coordinates: Tensor, indices: Tensor, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulate:
+    """The rest waits in an accumulator, in dictionary coordinates, together with `keep` of what was used.
+
+    `E += A D; a = E[:, I]; E[:, I] *= keep`. With keep = 0 this is error feedback; with keep = mu it is the momentum
+    of Trion (`M <- M + G - (1 - mu) a D_I^T`), where error feedback lives inside the momentum. Keeping `E` in
+    coordinates saves the product `a D_I^T` and its rounding.
+    """
+
+    name: str  # of the state tensor
+    cause: str  # its line in the memory ledger
+    keep: float = 0.0
+    dtype: torch.dtype | None = None  # None: the dtype of the arithmetic
+
+    needs_coordinates: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_number(self.name, self.keep, below=1)
+
+    def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
+        return {self.name: StateTensor(form.n, self.dtype or dtype, self.cause)}
+
+    def add_stored(self, coordinates: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        stored = state[self.name]
+        return stored.add_(coordinates) if stored.dtype == coordinates.dtype else coordinates + stored
+
+    def store(self, coordinates: Tensor, indices: Tensor, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
+        coordinates.index_copy_(1, indices, coefficients * self.keep)
+        if coordinates is not state[self.name]:
+            state[self.name].copy_(coordinates)

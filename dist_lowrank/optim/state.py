@@ -1,0 +1,21 @@
+"""How the parts of a recipe declare the state that they keep for a matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class StateTensor:
+    """One tensor of state.
+
+    `sharded` tensors have a row for each row of the tall form and `columns` columns; they are cut like the matrix.
+    Others are vectors of `columns` entries, the same on all ranks.
+    """
+
+    columns: int
+    dtype: torch.dtype
+    cause: str  # its line in the memory ledger: moments, indices, error_feedback
+    sharded: bool = True

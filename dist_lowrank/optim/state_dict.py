@@ -1,0 +1,85 @@
+"""Saving and loading of optimizer state: dtypes kept, shards understood, nothing half-loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dist_lowrank.sharding.layouts import local, local_part
+
+# Options that give stored numbers their meaning; the shapes of the state tell the rest (rank, residual).
+_STRUCTURAL_OPTIONS = ("dictionary", "side", "moment_dtype", "low_rank")
+
+
+def validate_state_dict(
+    groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]], incoming: Mapping[str, Any]
+) -> None:
+    """Raises ValueError unless the state of every parameter in `incoming` fits the state at hand."""
+    saved_groups = incoming["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
+        return  # torch's own error says it
+    for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
+        options = _STRUCTURAL_OPTIONS + (("seed",) if group.get("dictionary") == "random" else ())
+        for option in options:
+            if option in group and option in saved_group and group[option] != saved_group[option]:
+                raise ValueError(
+                    f"{option}: the saved state of parameter group {number} has {saved_group[option]!r}, this "
+                    f"optimizer has {group[option]!r}; allowed: the same"
+                )
+        names = group.get("param_names") or [f"number {index}" for index in saved_group["params"]]
+        for name, parameter, index in zip(names, group["params"], saved_group["params"], strict=True):
+            _validate_parameter(name, state[parameter], incoming["state"].get(index, {}))
+
+
+def _validate_parameter(name: str, kept: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    if set(kept) != set(saved):
+        raise ValueError(
+            f"parameter {name!r}: the saved state has {sorted(saved) or 'nothing'}, this optimizer needs {sorted(kept)}"
+        )
+    for key, tensor in kept.items():
+        found = saved[key]
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if shape != tuple(tensor.shape):
+            raise ValueError(
+                f"parameter {name!r}: the saved {key!r} has shape {shape}, this optimizer needs {tuple(tensor.shape)}"
+            )
+        if isinstance(found, DTensor) and (
+            not isinstance(tensor, DTensor) or local(found).shape != local(tensor).shape
+        ):
+            raise ValueError(
+                f"parameter {name!r}: the saved {key!r} is sharded otherwise than this optimizer's; save with "
+                "`full_state_dict`, or through torch.distributed.checkpoint, which re-shards"
+            )
+
+
+@torch.no_grad()
+def load_into(
+    parameters: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]], saved: Mapping[int, Mapping[str, Any]]
+) -> None:
+    """Copies validated state, keyed by position, into the tensors at hand."""
+    for position, parameter in enumerate(parameters):
+        for key, tensor in state[parameter].items():
+            value = saved[position][key]
+            if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
+                value = local_part(value, tensor.device_mesh, tensor.placements)
+            local(tensor).copy_(local(value))
+
+
+def full_state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state dict with every sharded tensor gathered, as one process would have it. Collective.
+
+    All ranks have to call it, and all get the whole. `load_state_dict` takes the result at any world size.
+    """
+    state_dict = optimizer.state_dict()
+    state_dict["state"] = {
+        index: {key: _full(value) for key, value in tensors.items()} for index, tensors in state_dict["state"].items()
+    }
+    return state_dict
+
+
+def _full(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,0 +1,103 @@
+"""Trion: orthogonalised low-rank momentum on selected dictionary columns (ICLR 2026, arXiv 2505.17967 v4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from dist_lowrank.optim.dense import DenseOptions
+from dist_lowrank.optim.engine import WORKSPACE_BYTES, LowRankOptimizer
+from dist_lowrank.optim.moments import NewtonSchulz
+from dist_lowrank.optim.options import check_number
+from dist_lowrank.optim.recipe import Recipe
+from dist_lowrank.optim.residuals import Accumulate
+
+
+class Trion(LowRankOptimizer):
+    """Newton-Schulz on the r dictionary columns of the momentum that hold most of its energy.
+
+    For a matrix in tall form, `A` (L x n), with dictionary `D`:
+
+        B <- M + A
+        I <- the r columns of B D of most energy;   b <- (B D)[:, I]
+        M <- B - (1 - mu) b D_I^T                      error feedback inside the momentum
+        W <- (1 - lr wd) W - lr s(R, C) NewtonSchulz(b) D_I^T
+
+    State per matrix: the whole momentum (kept as `M D`, L x n) and r integers: as much as Muon, not less. What is low
+    in rank is the orthogonalisation and what replicas exchange. Everything but matrices is AdamW with the `dense_`
+    options.
+
+    Args:
+        params: tensors, named tensors or groups; every option can differ per group.
+        lr, momentum, weight_decay: of matrices. `weight_decay` also holds for the dense path.
+        rank, dictionary, ranking, side, seed, process_group, workspace_bytes: as `DCTAdamW`'s. Columns are chosen at
+            every step.
+        newton_schulz_steps: quintic steps with coefficients (3.4445, -4.7750, 2.0315).
+        scale: of the step: `spectral`, max(1, sqrt(R / C)); `match_rms_adamw`, 0.2 sqrt(max(R, C)); `none`, 1.
+        dense_lr, dense_betas, dense_eps: of AdamW on the dense path. Schedulers change `lr`; `dense_lr` follows in
+            proportion to what `lr` was when its group was added.
+
+    Raises:
+        ValueError: for an option that is not allowed, naming it, its value and what is.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.01,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        *,
+        rank: int | float = 0.25,
+        dictionary: str = "dct2",
+        ranking: str = "l2",
+        side: str = "shorter",
+        newton_schulz_steps: int = 5,
+        scale: str = "spectral",
+        dense_lr: float = 3e-4,
+        dense_betas: tuple[float, float] = (0.9, 0.95),
+        dense_eps: float = 1e-8,
+        seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+        workspace_bytes: int = WORKSPACE_BYTES,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "dictionary": dictionary,
+            "ranking": ranking,
+            "side": side,
+            "newton_schulz_steps": newton_schulz_steps,
+            "scale": scale,
+            "dense_lr": dense_lr,
+            "dense_betas": dense_betas,
+            "dense_eps": dense_eps,
+            "seed": seed,
+        }
+        super().__init__(params, defaults, process_group=process_group, workspace_bytes=workspace_bytes)
+
+    def recipe(self, group: dict[str, Any]) -> Recipe:
+        return Recipe(
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            rank=group["rank"],
+            side=group["side"],
+            dictionary=group["dictionary"],
+            ranking=group["ranking"],
+            seed=group["seed"],
+            refresh_interval=1,
+            moments=NewtonSchulz(group["newton_schulz_steps"]),
+            residual=Accumulate("momentum", "moments", keep=group["momentum"]),
+            scale=group["scale"],
+        )
+
+    def dense_options(self, group: dict[str, Any]) -> DenseOptions:
+        check_number("dense_lr", group["dense_lr"])
+        base_lr = group.setdefault("base_lr", float(group["lr"]))  # before any scheduler
+        factor = float(group["lr"]) / base_lr if base_lr else 1.0
+        return DenseOptions(
+            group["dense_lr"] * factor, group["dense_betas"], group["dense_eps"], group["weight_decay"], "dense_"
+        )

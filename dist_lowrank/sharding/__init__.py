@@ -1,0 +1,1 @@
+"""Layouts of matrices over ranks, and the rounds of sums between them."""

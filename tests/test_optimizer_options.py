@@ -1,0 +1,73 @@
+"""Options that are not allowed are refused by both optimizers, with key, value and what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from trajectories import KINDS, both, make, make_parameters, train
+
+NAMES = {
+    "dictionary": ["dct2", "dct3", "hadamard", "random", "identity"],
+    "ranking": ["l1", "l2"],
+    "side": ["shorter", "longer", "right", "left"],
+    "transition": ["move", "reset", "keep"],
+    "error_feedback": ["none", "fp32"],
+    "scale": ["spectral", "match_rms_adamw", "none"],
+}
+BAD_IN_BOTH: list[tuple[str, Any]] = [
+    *(("rank", value) for value in (0, -1, 1.5, 0.0, -0.5, "a", None, True, float("nan"))),
+    *(("dictionary", value) for value in ("dct4", None, 2)),
+    *(("ranking", value) for value in ("l3", 2)),
+    *(("side", value) for value in ("short", "RIGHT", 1)),
+    *(("lr", value) for value in (-1e-3, float("nan"), float("inf"), "fast")),
+    *(("weight_decay", value) for value in (-0.1, float("nan"))),
+]
+BAD: list[tuple[str, str, Any]] = [
+    *((kind, key, value) for kind in KINDS for key, value in BAD_IN_BOTH),
+    *(("dct_adamw", "betas", value) for value in ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9,), 0.9)),
+    *(("dct_adamw", "eps", value) for value in (-1e-8, float("nan"))),
+    *(("dct_adamw", "refresh_interval", value) for value in (0, -1, 1.5, "a")),
+    ("dct_adamw", "transition", "rotate"),
+    ("dct_adamw", "error_feedback", "int8"),
+    ("dct_adamw", "moment_dtype", torch.int8),
+    *(("trion", "momentum", value) for value in (1.0, -0.1)),
+    *(("trion", "newton_schulz_steps", value) for value in (0, -1, 1.5)),
+    ("trion", "scale", "muon"),
+    ("trion", "dense_lr", -1.0),
+    ("trion", "dense_betas", (0.9, 1.0)),
+    ("trion", "dense_eps", -1.0),
+]
+
+
+@pytest.mark.parametrize("where", ["argument", "group"])
+@pytest.mark.parametrize(("kind", "key", "value"), BAD, ids=str)
+def test_a_bad_option_is_refused_with_key_value_and_what_is_allowed(
+    kind: str, key: str, value: Any, where: str
+) -> None:
+    parameters = make_parameters([(8, 6)])
+    with pytest.raises(ValueError, match=key) as caught:
+        make(kind, parameters, **{key: value}) if where == "argument" else make(
+            kind, [{"params": parameters, key: value}]
+        )
+    message = str(caught.value)
+    wrong = [v for v in value if not 0 <= v < 1] if isinstance(value, tuple) else []
+    assert any(str(v) in message for v in (value, *wrong))  # of two betas, the wrong one will do
+    for name in NAMES.get(key, []):
+        assert name in message
+
+
+@both
+def test_hadamard_on_another_size_is_refused_with_the_name_of_the_parameter(kind: str) -> None:
+    parameters = make_parameters([(8, 6)])
+    with pytest.raises(ValueError, match="power of two") as caught:
+        train(make(kind, [("attention.q", parameters[0])], dictionary="hadamard"), parameters, steps=1)
+    assert "6" in str(caught.value)
+    assert "attention.q" in str(caught.value)
+
+
+@both
+def test_an_unknown_argument_is_refused(kind: str) -> None:
+    with pytest.raises(TypeError, match="rnak"):
+        make(kind, make_parameters([(8, 6)]), rnak=3)

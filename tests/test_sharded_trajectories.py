@@ -1,0 +1,319 @@
+"""World size and sharding do not change what the optimizers do: trajectories on 1, 2 and 4 processes are equal."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from collectives import CountCollectives
+from processes import RankFailure, run_on_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from dist_lowrank.optim import DCTAdamW, LayoutError, Trion, full_state_dict, recipe
+from dist_lowrank.sharding.layouts import tall_form
+
+STEPS = 20
+CHECKED = (1, 7, STEPS)
+# Rows that do not divide, fewer rows than ranks (ranks that hold nothing), left sides (an even size across), and
+# parameters on the dense path, some of them smaller than the world.
+SHAPES = {
+    "tall.weight": (10, 6),
+    "odd.weight": (7, 5),
+    "few.weight": (3, 2),
+    "wide.weight": (5, 12),
+    "square.weight": (8, 8),
+    "one.weight": (1, 8),
+    "norm.weight": (6,),
+    "bias.weight": (1,),
+}
+STRATEGIES = ["ddp", "fsdp", "hsdp"]
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "dct_adamw": (DCTAdamW, {"lr": 0.01, "weight_decay": 0.1, "rank": 0.5}),
+    "dct_adamw_every_third": (DCTAdamW, {"lr": 0.01, "rank": 0.5, "refresh_interval": 3, "ranking": "l1"}),
+    "dct_adamw_feedback": (
+        DCTAdamW,
+        {"lr": 0.01, "rank": 0.5, "error_feedback": "fp32", "column_bias_correction": True},
+    ),
+    "trion": (Trion, {"lr": 0.01, "rank": 0.5}),
+}
+
+
+class Model(nn.Module):
+    """Parameters alone; gradients are prescribed."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        for name, shape in shapes.items():
+            child = nn.Module()
+            child.weight = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+            self.add_module(name.removesuffix(".weight"), child)
+
+
+def gradients(step: int, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1000 + step)
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()
+    }
+
+
+def shard(model: nn.Module, strategy: str, world_size: int, rank: int | float) -> None:
+    if strategy == "ddp":
+        return  # the optimizer sees the plain parameters of the wrapped module
+    if strategy == "fsdp":
+        mesh = init_device_mesh("cpu", (world_size,))
+    else:
+        mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("replicate", "shard"))
+    left = {id(p) for p in model.parameters() if p.ndim == 2 and tall_form(p.shape, "shorter", rank).transposed}
+    fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if id(p) in left else Shard(0))
+
+
+def full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def trajectory(
+    _: int, strategy: str, world_size: int, optimizer: str, dtype: torch.dtype, shapes: Any = None
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Full weights after the steps of CHECKED, and this rank's indices after every step."""
+    shapes = shapes or SHAPES
+    make, options = OPTIMIZERS[optimizer]
+    model = Model(shapes, dtype)
+    shard(model, strategy, world_size, options["rank"])
+    updater = make(model.named_parameters(), **options)
+    weights, indices = [], []
+    for step in range(1, STEPS + 1):
+        for name, gradient in gradients(step, shapes, dtype).items():
+            parameter = model.get_parameter(name)
+            if isinstance(parameter, DTensor):
+                gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.grad = gradient
+        updater.step()
+        if step in CHECKED:
+            weights.append({name: full(p) for name, p in model.named_parameters()})
+        state = {name: updater.state[p] for name, p in model.named_parameters()}
+        indices.append({name: s["indices"].clone() for name, s in state.items() if "indices" in s})
+    return weights, indices
+
+
+@cache
+def one_process(optimizer: str, dtype: torch.dtype) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    return trajectory(0, "ddp", 1, optimizer, dtype)
+
+
+@cache
+def smallest_score_gap(optimizer: str, dtype: torch.dtype) -> float:
+    """Over the one-process run: the least relative distance of the last chosen score from the first not chosen."""
+    gaps = []
+    choose = recipe.top_columns
+
+    def measure(scores: Tensor, rank: int) -> Tensor:
+        ordered = scores.sort(descending=True).values
+        if rank < len(ordered):
+            gaps.append(float((ordered[rank - 1] - ordered[rank]) / ordered[rank - 1]))
+        return choose(scores, rank)
+
+    with mock.patch.object(recipe, "top_columns", measure):
+        trajectory(0, "ddp", 1, optimizer, dtype)
+    assert len(gaps) > STEPS
+    return min(gaps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("strategy", "world_size"),
+    [("ddp", 1), ("ddp", 2), ("ddp", 4), ("fsdp", 1), ("fsdp", 2), ("fsdp", 4), ("hsdp", 2), ("hsdp", 4)],
+)
+def test_sharded_trajectory_equals_one_process(
+    strategy: str, world_size: int, optimizer: str, dtype: torch.dtype
+) -> None:
+    expected_weights, expected_indices = one_process(optimizer, dtype)
+    if dtype == torch.float32:
+        assert smallest_score_gap(optimizer, dtype) > 2e-5  # rounding cannot swap two columns
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    if OPTIMIZERS[optimizer][1].get("error_feedback") == "fp32":
+        tolerance = max(tolerance, 1e-5)  # what is stored in float32 rounds in float32
+    for weights, indices in run_on_ranks(world_size, trajectory, strategy, world_size, optimizer, dtype):
+        for step in range(STEPS):
+            assert indices[step].keys() == expected_indices[step].keys()
+            for name in indices[step]:
+                assert torch.equal(indices[step][name], expected_indices[step][name]), (step, name)
+        for found, expected in zip(weights, expected_weights, strict=True):
+            for name in SHAPES:
+                torch.testing.assert_close(found[name], expected[name], atol=tolerance, rtol=tolerance)
+
+
+def _shards(rank: int) -> list[tuple[int, ...]]:
+    model = Model(SHAPES, torch.float32)
+    shard(model, "fsdp", 4, 0.5)
+    return [tuple(p.to_local().shape) for p in model.parameters()]
+
+
+def test_the_shapes_give_uneven_and_empty_shards() -> None:
+    shards = run_on_ranks(4, _shards)
+    assert [shapes[0] for shapes in shards] == [(3, 6), (3, 6), (3, 6), (1, 6)]
+    assert shards[3][2] == (0, 2)
+    assert [shapes[3] for shapes in shards] == [(5, 3)] * 4  # the left side is cut along dimension 1
+
+
+def _collectives(
+    rank: int, strategy: str, world_size: int, optimizer: str, workspace_bytes: int | None = None
+) -> list[list[tuple[str, int]]]:
+    make, options = OPTIMIZERS[optimizer]
+    model = Model(SHAPES, torch.float32)
+    shard(model, strategy, world_size, options["rank"])
+    if workspace_bytes is not None:
+        options = {**options, "workspace_bytes": workspace_bytes}
+    updater = make(model.named_parameters(), **options)
+    calls = []
+    for _ in range(4):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        with CountCollectives() as counter:
+            updater.step()
+        calls.append(counter.calls)
+    return calls
+
+
+def matrix_forms(options: dict[str, Any]) -> list[Any]:
+    return [tall_form(shape, "shorter", options["rank"]) for shape in SHAPES.values() if len(shape) == 2]
+
+
+def test_dct_adamw_under_fsdp_sends_one_all_reduce_of_the_sum_of_all_n() -> None:
+    sum_of_n = sum(form.n for form in matrix_forms(OPTIMIZERS["dct_adamw"][1]))
+    for calls in run_on_ranks(4, _collectives, "fsdp", 4, "dct_adamw"):
+        assert calls == [[("allreduce_", sum_of_n)]] * 4
+
+
+def test_dct_adamw_sends_nothing_between_refreshes() -> None:
+    for calls in run_on_ranks(2, _collectives, "fsdp", 2, "dct_adamw_every_third"):
+        assert [len(step) for step in calls] == [1, 0, 1, 0]
+
+
+def test_trion_under_fsdp_sends_two_all_reduces() -> None:
+    forms = matrix_forms(OPTIMIZERS["trion"][1])
+    expected = [("allreduce_", sum(form.n for form in forms)), ("allreduce_", sum(form.rank**2 for form in forms))]
+    for calls in run_on_ranks(4, _collectives, "fsdp", 4, "trion"):
+        assert calls == [expected] * 4
+
+
+@pytest.mark.parametrize("optimizer", ["dct_adamw", "trion"])
+def test_ddp_moves_coefficients_not_matrices(optimizer: str) -> None:
+    world_size = 4
+    forms = matrix_forms(OPTIMIZERS[optimizer][1])
+    padded_rows_by_rank = sum(-(-form.rows // world_size) * form.rank for form in forms)
+    for calls in run_on_ranks(world_size, _collectives, "ddp", world_size, optimizer):
+        for step in calls[1:]:  # the first step also compares the replicas
+            gathers = [elements for name, elements in step if "gather" in name]
+            assert gathers == [padded_rows_by_rank]
+            sums = [elements for name, elements in step if "reduce" in name]
+            assert sum(sums) == sum(form.n + (form.rank**2 if optimizer == "trion" else 0) for form in forms)
+            assert len(step) == len(gathers) + len(sums)
+
+
+def test_a_small_workspace_makes_more_waves_and_the_same_sums() -> None:
+    sum_of_n = sum(form.n for form in matrix_forms(OPTIMIZERS["dct_adamw"][1]))
+    for calls in run_on_ranks(2, _collectives, "fsdp", 2, "dct_adamw", 1):
+        assert len(calls[0]) == 6
+        assert sum(elements for _, elements in calls[0]) == sum_of_n
+
+
+def _full_state(rank: int, strategy: str, world_size: int, optimizer: str) -> dict[str, Any]:
+    make, options = OPTIMIZERS[optimizer]
+    model = Model(SHAPES, torch.float64)
+    shard(model, strategy, world_size, options["rank"])
+    updater = make(model.named_parameters(), **options)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) * torch.arange(p.shape[-1]).add(1).to(torch.float64)[-1]
+    updater.step()
+    gathered = full_state_dict(updater)
+    fresh = make(model.named_parameters(), **options)
+    fresh.load_state_dict(gathered)  # each rank takes its part
+    for p, state in updater.state.items():
+        for key, value in state.items():
+            loaded = fresh.state[p][key]
+            assert type(loaded) is type(value)
+            assert loaded.dtype == value.dtype
+            assert torch.equal(
+                loaded.to_local() if isinstance(loaded, DTensor) else loaded,
+                value.to_local() if isinstance(value, DTensor) else value,
+            )
+    assert any(isinstance(value, DTensor) for state in updater.state.values() for value in state.values())
+    return {str(index): state for index, state in gathered["state"].items()}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_full_state_dict_has_global_shapes_and_loads_back(strategy: str) -> None:
+    for states in run_on_ranks(4, _full_state, strategy, 4, "dct_adamw_feedback"):
+        forms = matrix_forms({"rank": 0.5})
+        for index, form in enumerate(forms):
+            state = states[str(index)]
+            assert state["exp_avg"].shape == (form.rows, form.rank)
+            assert state["error_feedback"].shape == (form.rows, form.n)
+            assert not any(isinstance(value, DTensor) for value in state.values())
+
+
+def _differing_replicas(rank: int) -> str:
+    model = Model(SHAPES, torch.float32)
+    if rank == 1:
+        with torch.no_grad():
+            model.get_parameter("odd.weight")[0, 0] += 1e-3
+    updater = DCTAdamW(model.named_parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="process_group") as caught:
+        updater.step()
+    return str(caught.value)
+
+
+def test_replicas_that_differ_are_refused_on_every_rank_by_name() -> None:
+    for message in run_on_ranks(3, _differing_replicas):
+        assert "'odd.weight' (1 of 8 in all)" in message
+
+
+def _own_group(rank: int) -> bool:
+    groups = [torch.distributed.new_group([member]) for member in range(2)]
+    torch.manual_seed(rank)
+    parameter = nn.Parameter(torch.randn(6, 4))
+    updater = DCTAdamW([parameter], process_group=groups[rank])
+    parameter.grad = torch.randn(6, 4)
+    updater.step()
+    return True
+
+
+def test_a_process_group_of_one_allows_a_model_of_its_own_on_each_rank() -> None:
+    assert run_on_ranks(2, _own_group) == [True, True]
+
+
+def _misaligned(rank: int) -> str:
+    model = Model({"wide.weight": (4, 10)}, torch.float32)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    updater = DCTAdamW(model.named_parameters())
+    with pytest.raises(LayoutError) as caught:
+        updater.step()
+    return str(caught.value)
+
+
+def test_a_matrix_cut_along_its_compressed_axis_is_refused_with_the_way_out() -> None:
+    for message in run_on_ranks(2, _misaligned):
+        assert "'wide.weight' of shape (4, 10)" in message
+        assert "shard_placement_fn" in message
+        assert "side='right'" in message
+
+
+def test_a_failing_rank_fails_the_test() -> None:
+    with pytest.raises(RankFailure, match="rank 1"):
+        run_on_ranks(2, _fail_on_rank_one)
+
+
+def _fail_on_rank_one(rank: int) -> None:
+    assert rank == 0
