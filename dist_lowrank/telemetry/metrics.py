@@ -1,0 +1,102 @@
+"""One writer per rank: every entry goes to a JSON-lines file and to TensorBoard, from the same numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+# Some versions of TensorBoard's writer rewrite other characters, and the two files would then disagree on the name.
+_TAG = re.compile(r"[\w.-]+(/[\w.-]+)*", re.ASCII)
+_RESERVED = ("step", "time")
+
+
+class MetricsWriter:
+    """Writes scalars under the same names to a JSON-lines file and to TensorBoard event files.
+
+    Each line is `{"step": 20, "time": 1760000000.0, "loss/train": 6.1, ...}`: `time` is in seconds since the epoch
+    and equals the event's wall time. JSON holds Python's full precision, events hold the nearest float32, which is
+    what a TensorBoard scalar is. JSON has no number for values that are not finite, so they are written as the strings
+    `"NaN"`, `"Infinity"` and `"-Infinity"`, which `float()` reads back; events hold the value itself. Both files are
+    flushed at each entry, so that a process that dies loses nothing that it logged.
+
+    Args:
+        jsonl_path: The JSON-lines file. Lines are appended, so a restarted run continues it. Its folder is made.
+        tensorboard_path: Folder of this rank's event files; None writes none.
+    """
+
+    def __init__(self, jsonl_path: Path, tensorboard_path: Path | None) -> None:
+        jsonl_path.parent.mkdir(parents=True, exist_ok=True)
+        self._lines = jsonl_path.open("a", encoding="utf-8")
+        self._events: SummaryWriter | None = None
+        if tensorboard_path is not None:
+            from torch.utils.tensorboard import SummaryWriter  # runs without TensorBoard do not need it installed
+
+            self._events = SummaryWriter(str(tensorboard_path))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one entry: one JSON line, and one TensorBoard scalar per value.
+
+        Args:
+            step: Optimizer steps done.
+            values: Value by tag (see `dist_lowrank.telemetry.tags`). Integers stay integers in JSON.
+
+        Raises:
+            ValueError: A tag is `step` or `time`, or has characters that TensorBoard would change; or the writer is
+                closed.
+        """
+        for tag in values:
+            if tag in _RESERVED or not _TAG.fullmatch(tag):
+                raise ValueError(
+                    f"metric tag {tag!r}: must be letters, digits, '_', '-' and '.' in parts separated by '/', "
+                    f"and not one of {', '.join(_RESERVED)}"
+                )
+        now_seconds = time.time()
+        entry = {"step": step, "time": now_seconds, **{tag: _json_number(value) for tag, value in values.items()}}
+        self._lines.write(json.dumps(entry, allow_nan=False) + "\n")
+        self._lines.flush()
+        if self._events is not None:
+            for tag, value in values.items():
+                self._events.add_scalar(tag, float(value), step, walltime=now_seconds)
+            self._events.flush()
+
+    def text(self, tag: str, text: str) -> None:
+        """Shows Markdown text, such as the resolved configuration, in TensorBoard. JSON lines hold numbers only."""
+        if self._events is not None:
+            self._events.add_text(tag, text)
+            self._events.flush()
+
+    def close(self) -> None:
+        """Closes both files. Closing again does nothing."""
+        self._lines.close()
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _json_number(value: float) -> int | float | str:
+    """A value that strict JSON can hold; numpy scalars become Python's."""
+    if isinstance(value, int):
+        return value
+    number = float(value)
+    if math.isnan(number):
+        return "NaN"
+    if math.isinf(number):
+        return "Infinity" if number > 0 else "-Infinity"
+    return number

@@ -1,0 +1,29 @@
+"""Names of everything that is logged, the same in the event files and in the JSON lines.
+
+The names are stable: scripts that read runs depend on them.
+"""
+
+from __future__ import annotations
+
+LOSS_TRAIN = "loss/train"  # nats per token, mean over the step's tokens of all ranks
+LOSS_VALIDATION = "loss/validation"  # nats per token, weighted by tokens, over the held-out part
+PERPLEXITY_VALIDATION = "perplexity/validation"  # exp(loss/validation)
+LEARNING_RATE = "learning_rate"  # of the first parameter group, in this step
+GRADIENT_NORM = "gradient_norm"  # global l2 norm of the raw gradient, before clipping
+
+TOKENS_PER_SECOND = "throughput/tokens_per_second"  # all ranks together
+MODEL_FLOPS_PER_SECOND = "throughput/model_flops_per_second"  # all ranks together, recomputation not counted
+MFU = "throughput/mfu"  # fraction of the GPUs' dense peak, 0 to 1; logged on known GPUs only
+
+OPTIMIZER_MILLISECONDS = "optimizer/milliseconds"  # per step, on this rank
+OPTIMIZER_SHARE = "optimizer/share_of_step"  # fraction of the step's wall time, 0 to 1, on this rank
+
+
+def captured_energy(family: str) -> str:
+    """Tag of the fraction (0 to 1) of the gradient's energy that lies in the subspace, for one family of matrices."""
+    return f"captured_energy/{family}"
+
+
+def memory_bytes(cause: str) -> str:
+    """Tag of the bytes that this rank holds for one cause (see `dist_lowrank.telemetry.memory`)."""
+    return f"memory_bytes/{cause}"
