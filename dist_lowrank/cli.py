@@ -1,0 +1,130 @@
+"""The command `dist-lowrank`: its verbs, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dist_lowrank.training.parameter_table import ParameterRow
+
+_OVERRIDES = """\
+overrides (Hydra's grammar; `dist-lowrank check` prints every key):
+  optimizer=trion                          an option of a group: model, data, optimizer, strategy, precision,
+                                           schedule, experiment
+  optimizer.rank=0.5 train.steps=500       a value
+  data=text 'data.path="my books/*.txt"'   your own text; quotes keep spaces together
+  model.pretrained=PATH                    start from a Hugging Face checkpoint
+  +model.config.rope_theta=1e5             a field of the transformers configuration
+
+exit codes: 0 done, 1 failed, 2 refused configuration, 130 and 143 stopped by Ctrl-C and SIGTERM
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="dist-lowrank",
+        description="Pre-train language models with low-rank optimizer state, sharded over processes.",
+        epilog=_OVERRIDES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, action, summary in (
+        ("train", _train, "train on all visible GPUs, or in 2 processes on a CPU"),
+        ("check", _check, "print the resolved configuration and the table of parameters; start nothing"),
+    ):
+        subparser = verbs.add_parser(
+            verb,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=_OVERRIDES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        subparser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="such as train.steps=500")
+        subparser.set_defaults(action=action)
+    options = parser.parse_args(arguments)
+    try:
+        from dist_lowrank.config import ConfigError
+    except ModuleNotFoundError as error:
+        return _missing(error)
+    try:
+        code: int = options.action(options.overrides)
+    except ConfigError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        return _missing(error)
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _train(overrides: Sequence[str]) -> int:
+    from dist_lowrank.launchers.preparation import prepare_run
+
+    config, folder = prepare_run(overrides)
+    print(folder.announcement, flush=True)
+
+    from dist_lowrank.launchers.local import launch
+
+    return launch(config, folder)
+
+
+def _check(overrides: Sequence[str]) -> int:
+    from omegaconf import OmegaConf
+
+    from dist_lowrank.config import compose, digest, to_dict
+
+    config = compose(overrides)
+
+    from dist_lowrank.launchers.preparation import check_world, resolve_processes
+
+    device, processes = resolve_processes(config)
+    check_world(config, processes)
+
+    from dist_lowrank.training.parameter_table import parameter_table
+
+    rows = parameter_table(config, processes)
+    print(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), end="")
+    print(f"\ndigest     {digest(config)}\nprocesses  {processes} on {device}\n")
+    _print_table(rows)
+    return 0
+
+
+def _print_table(rows: Sequence[ParameterRow]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=10_000)  # a file has no width to fit
+    table = Table(box=box.SIMPLE if console.is_terminal else None, show_footer=True, pad_edge=False)
+    table.add_column("parameter", footer=f"{len(rows)} parameters", overflow="fold")
+    for heading in ("shape", "path", "side"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("n", "rank"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("placement", no_wrap=True)
+    total_bytes = sum(row.state_bytes for row in rows)
+    table.add_column("state bytes", footer=f"{total_bytes:,}", justify="right", no_wrap=True)
+    for row in rows:
+        size = ["" if number is None else str(number) for number in (row.n, row.rank)]
+        shape = " x ".join(map(str, row.shape))
+        table.add_row(row.name, shape, row.path, row.side, *size, row.placement, f"{row.state_bytes:,}")
+    console.print(table)
+
+
+def _missing(error: ModuleNotFoundError) -> int:
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "dist_lowrank"):
+        raise error
+    print(f"error: the package {package} is not installed; run: pip install 'dist-lowrank[train]'", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

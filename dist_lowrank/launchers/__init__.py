@@ -1,0 +1,1 @@
+"""Starts the processes of a run, after everything that can be checked beforehand has been."""

@@ -1,0 +1,96 @@
+"""Starts a run's processes on this machine with torch's elastic launcher, and says in one place how they ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from types import FrameType
+from typing import NoReturn
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from dist_lowrank.config import RunConfig, RunFolder
+from dist_lowrank.launchers.preparation import resolve_processes
+
+
+def launch(config: RunConfig, folder: RunFolder) -> int:
+    """Runs `dist_lowrank.worker` in one process per GPU, or in gloo processes on a CPU, and waits for them.
+
+    After SIGINT or SIGTERM the workers end with the current step. No worker outlives this call.
+
+    Returns:
+        The exit code of the command: 0; 1 after a failure; 2 if a worker refused the configuration; 128 + the signal's
+        number.
+    """
+    _, processes = resolve_processes(config)
+    if config.launcher.threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(config.launcher.threads or max(1, _cores() // processes))
+    # The launcher's own account of a failure is long and comes after the worker's; `_report` says it once.
+    for name in ("", ".agent.server.api", ".agent.server.local_elastic_agent"):
+        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # a free port
+        local_addr="localhost",  # the machine's own name need not resolve
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # workers write to this console
+    )
+    settings.signals_to_handle = "SIGTERM,SIGHUP,SIGQUIT"
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        elastic_launch(settings, sys.executable)("-m", "dist_lowrank.worker", str(folder.attempt_path))
+    except ChildFailedError as error:
+        return _report(error, folder)
+    except _Interrupted:
+        return 128 + signal.SIGINT
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+class _Interrupted(SignalException):
+    """Ctrl-C. It stops the workers by SIGTERM, because Python answers an early SIGINT with a traceback."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Interrupted("interrupted", signal.SIGTERM)
+
+
+def _cores() -> int:
+    """The cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _report(error: ChildFailedError, folder: RunFolder) -> int:
+    """Prints what went wrong first, and only that: the other ranks fail because of it."""
+    found: list[tuple[float, int, str]] = []
+    for rank, failure in error.failures.items():
+        path = folder.error(rank)
+        if path.exists():
+            found.append((path.stat().st_mtime, rank, path.read_text()))
+        elif failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT):
+            continue  # asked to stop, by the launcher or by someone else
+        elif failure.exitcode >= 0:
+            found.append((failure.timestamp, rank, f"ended with exit code {failure.exitcode}"))
+        else:
+            hint = "; often the system ran out of memory" if failure.exitcode == -signal.SIGKILL else ""
+            # Seen by polling, in whole seconds, so maybe noted after the others' complaints about the lost peer.
+            found.append((failure.timestamp - 1, rank, f"was killed by {signal.Signals(-failure.exitcode).name}{hint}"))
+    if not found:
+        return 128 + signal.SIGTERM
+    _, rank, text = min(found)
+    if error.failures[rank].exitcode == 2:
+        print("".join(f"error: {line}\n" for line in text.splitlines()), end="", file=sys.stderr)
+        return 2
+    print(f"error: rank {rank} of {folder.attempt_path} failed: {text.rstrip()}", file=sys.stderr)
+    return 1

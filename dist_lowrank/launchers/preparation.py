@@ -1,0 +1,81 @@
+"""What must hold before any process of a run starts: enough GPUs, sizes that divide, patterns that match, a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dist_lowrank.config import ConfigError, RunConfig, RunFolder, compose, create
+from dist_lowrank.training.data import check_data
+
+
+def prepare_run(overrides: Sequence[str], world_size: int | None = None) -> tuple[RunConfig, RunFolder]:
+    """Composes, checks and makes the folder of a run; starts nothing.
+
+    Args:
+        overrides: Hydra overrides.
+        world_size: processes that someone else (torchrun) has started; None: as many as `resolve_processes` says.
+
+    Raises:
+        ConfigError: if the run could not work; then nothing was written.
+    """
+    config = compose(overrides)
+    if world_size is None:
+        _, world_size = resolve_processes(config)
+    check_world(config, world_size)
+    try:
+        check_data(config.data)
+    except (ValueError, ConnectionError) as error:
+        raise ConfigError(str(error)) from error
+
+    from dist_lowrank.training.parameter_table import parameter_table  # slow: imports transformers
+
+    parameter_table(config, world_size)  # for its checks: names match, layouts are supported
+    return config, create(config, overrides)
+
+
+def resolve_processes(config: RunConfig, visible_gpus: int | None = None) -> tuple[str, int]:
+    """The device type, "cpu" or "cuda", and the number of processes on this machine.
+
+    Args:
+        config: its `launcher` section decides.
+        visible_gpus: None: ask the driver.
+
+    Raises:
+        ConfigError: if the GPUs asked for are not there.
+    """
+    import torch  # here, so that what `compose` refuses is told without this second
+
+    launcher = config.launcher
+    gpus = torch.cuda.device_count() if visible_gpus is None else visible_gpus
+    if launcher.device == "cuda" and gpus == 0:
+        raise ConfigError("launcher.device: cuda is not allowed, no GPU is visible; allowed: auto, cpu")
+    if launcher.device == "cpu" or gpus == 0:
+        return "cpu", launcher.nproc_per_node or 2
+    processes = launcher.nproc_per_node or gpus
+    if processes > gpus:
+        raise ConfigError(
+            f"launcher.nproc_per_node: {processes} ranks but {gpus} GPU{'s' if gpus > 1 else ''} visible; "
+            f"allowed: 1 to {gpus} (or launcher.device=cpu)"
+        )
+    return "cuda", processes
+
+
+def check_world(config: RunConfig, world_size: int) -> None:
+    """Refuses sizes that do not fit the number of processes.
+
+    Raises:
+        ConfigError: naming the key, its value and values near it that would do.
+    """
+    batch, shard = config.train.global_batch_size, config.strategy.shard_size
+    if batch % world_size:
+        below = batch // world_size * world_size
+        nearby = f"{below} or {below + world_size}" if below else f"{world_size}"
+        raise ConfigError(
+            f"train.global_batch_size: {batch} is not allowed with {world_size} processes; "
+            f"allowed: a multiple of {world_size}, such as {nearby}"
+        )
+    if shard is not None and world_size % shard:
+        divisors = [str(size) for size in range(1, world_size + 1) if world_size % size == 0]
+        raise ConfigError(
+            f"strategy.shard_size: {shard} is not allowed with {world_size} processes; allowed: {', '.join(divisors)}"
+        )

@@ -1,0 +1,62 @@
+"""The loss, and its mean over held-out tokens, whatever the number of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_lowrank.training.data import HeldOut
+
+
+def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean cross-entropy of predicting each token but the first, in nats.
+
+    Args:
+        batch: (b, sequence_length) int64.
+
+    Returns:
+        Tensor (), float32, or float64 for a float64 model, which `transformers`' own loss would round to float32.
+    """
+    logits = model(input_ids=batch).logits  # (b, sequence_length, vocabulary)
+    wide = logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(wide, batch[:, 1:].flatten())
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    samples: HeldOut,
+    *,
+    limit: int,
+    micro_batch_size: int,
+    device: torch.device,
+    context: Any,
+) -> float:
+    """Mean loss in nats per predicted token over the first `limit` samples. Collective.
+
+    Every rank runs the same number of forward passes, as sharded models need; a rank that has run out repeats a sample
+    with weight zero.
+
+    Args:
+        samples: blocks (sequence_length,) int64, the same on all ranks.
+        context: makes the context of a forward pass.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    count = min(limit, len(samples))
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
+    was_training = model.training
+    model.eval()
+    for first in range(0, count, world_size * micro_batch_size):
+        start = first + rank * micro_batch_size
+        chosen = range(start, min(start + micro_batch_size, count))
+        batch = torch.stack([samples[index] for index in chosen or (0,)]).to(device)
+        with context():
+            loss = next_token_loss(model, batch)
+        tokens = len(chosen) * (batch.shape[1] - 1)
+        totals += torch.stack([loss.double() * tokens, torch.tensor(float(tokens), device=device)]).to(totals)
+    model.train(was_training)
+    dist.all_reduce(totals)
+    return float(totals[0] / totals[1])

@@ -1,0 +1,140 @@
+"""Building a causal language model by `transformers`, and routing its parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dist_lowrank.config import ConfigError
+from dist_lowrank.config.schema import AdamWConfig, CorpusData, HubData, ModelConfig, RunConfig, TextData
+from dist_lowrank.optim import param_groups
+from dist_lowrank.sharding.layouts import TallForm, tall_form
+from dist_lowrank.strategies import WEIGHT_DTYPES
+from dist_lowrank.training.data.tokenizer import load_tokenizer
+
+
+def model_configuration(config: ModelConfig, vocab_size: int) -> Any:
+    """The `transformers` configuration of a model.
+
+    Args:
+        vocab_size: of the tokenizer; used where `config.config` does not set one.
+
+    Raises:
+        ConfigError: an architecture, a field or a folder that does not exist, or a vocabulary that is too small.
+    """
+    if config.pretrained is not None:
+        try:
+            found = AutoConfig.from_pretrained(config.pretrained, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.pretrained: {config.pretrained!r} is not allowed; allowed: a folder in Hugging Face format, or "
+                f"a model of the hub that can be reached ({str(error).splitlines()[0]})"
+            ) from error
+    else:
+        try:
+            known = set(AutoConfig.for_model(config.architecture).to_dict())
+        except ValueError as error:
+            raise ConfigError(
+                f"model.architecture: {config.architecture!r} is not allowed; allowed: a model type of transformers, "
+                "such as llama, qwen3, gpt2"
+            ) from error
+        for key in config.config:
+            if key not in known:
+                raise ConfigError(
+                    f"model.config.{key}: unknown field of a {config.architecture!r} model; allowed: "
+                    + ", ".join(sorted(k for k in known if not k.startswith("_")))
+                )
+        try:
+            found = AutoConfig.for_model(config.architecture, **{"vocab_size": vocab_size, **config.config})
+        except Exception as error:  # whatever the configuration class checks by itself
+            raise ConfigError(f"model.config: {config.config} is not allowed; {error}") from error
+    if found.get_text_config().vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.config.vocab_size: {found.get_text_config().vocab_size} is not allowed; allowed: at least "
+            f"{vocab_size}, the tokenizer's vocabulary"
+        )
+    return found
+
+
+def data_with_tokenizer(config: RunConfig) -> CorpusData | TextData | HubData:
+    """The data's configuration; a pretrained model brings its tokenizer along unless another is asked for."""
+    if config.model.pretrained is not None and config.data.tokenizer is None:
+        return dataclasses.replace(config.data, tokenizer=config.model.pretrained)
+    return config.data
+
+
+def expected_vocab_size(config: RunConfig) -> int:
+    """Size of the tokenizer's vocabulary; one that is still to be trained has at most `data.vocab_size`."""
+    data = data_with_tokenizer(config)
+    if data.tokenizer is None:
+        assert not isinstance(data, HubData)
+        return data.vocab_size
+    try:
+        return len(load_tokenizer(data.tokenizer))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def build_model(config: RunConfig, *, meta: bool = False) -> Any:
+    """A model on the CPU with weights drawn from `config.seed`, the same on every rank; or without storage.
+
+    Raises:
+        ConfigError: what cannot be built.
+    """
+    configuration = model_configuration(config.model, expected_vocab_size(config))
+    dtype = WEIGHT_DTYPES[config.precision.name]
+    options = {"attn_implementation": config.model.attention, "trust_remote_code": False}
+    with torch.device("meta") if meta else contextlib.nullcontext(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        try:
+            if config.model.pretrained is not None and not meta:
+                model = AutoModelForCausalLM.from_pretrained(config.model.pretrained, dtype=dtype, **options)
+            else:
+                model = AutoModelForCausalLM.from_config(configuration, dtype=dtype, **options)
+        except (ValueError, KeyError, ImportError) as error:
+            raise ConfigError(f"model: {config.model.name!r} cannot be built: {error}") from error
+    model.config.use_cache = False
+    if config.model.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers, as `transformers` names them: what must stay in one piece."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def route(model: nn.Module, config: ModelConfig) -> list[dict[str, Any]]:
+    """`param_groups` by the patterns of the configuration.
+
+    Raises:
+        ConfigError: a pattern that matches nothing.
+    """
+    try:
+        return param_groups(model, low_rank=config.low_rank, dense=config.dense)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from error
+
+
+def low_rank_forms(groups: list[dict[str, Any]], config: RunConfig) -> dict[str, TallForm]:
+    """Side and rank of each matrix on the low-rank path, by parameter name."""
+    if isinstance(config.optimizer, AdamWConfig):
+        return {}
+    return {
+        name: tall_form((p.shape[0], p.shape[1]), config.optimizer.side, config.optimizer.rank)
+        for group in groups
+        if group.get("low_rank", True)
+        for name, p in group["params"]
+    }
+
+
+def family(name: str) -> str:
+    """What a matrix is in every layer, such as `q_proj`, from its parameter's name."""
+    parts = name.removesuffix(".weight").split(".")
+    return parts[-1]

@@ -1,0 +1,43 @@
+"""From the configuration to an optimizer and its schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from dist_lowrank.config.schema import AdamWConfig, DCTAdamWConfig, RunConfig, ScheduleConfig
+from dist_lowrank.optim import DCTAdamW, Trion
+
+_MOMENT_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The configured optimizer for routed parameter groups."""
+    options = {f.name: getattr(config.optimizer, f.name) for f in dataclasses.fields(config.optimizer)}
+    del options["name"]
+    if isinstance(config.optimizer, AdamWConfig):
+        groups = [{"params": group["params"]} for group in groups]
+        return torch.optim.AdamW(groups, fused=True, **options)
+    if isinstance(config.optimizer, DCTAdamWConfig):
+        options["moment_dtype"] = _MOMENT_DTYPES[config.optimizer.moment_dtype]
+        return DCTAdamW(groups, seed=config.seed, **options)
+    return Trion(groups, seed=config.seed, **options)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps: int) -> LambdaLR:
+    """Linear warm-up, then cosine decay to `final_fraction` at the last step, or constant."""
+    warmup_steps = round(config.warmup_fraction * steps)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if config.name == "constant":
+            return 1.0
+        progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
+        return config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return LambdaLR(optimizer, factor)

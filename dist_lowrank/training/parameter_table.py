@@ -1,0 +1,89 @@
+"""What happens to each parameter, told before anything starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dist_lowrank.config import ConfigError
+from dist_lowrank.config.schema import AdamWConfig, RunConfig
+from dist_lowrank.dictionaries import check_dictionary
+from dist_lowrank.optim.dense import arithmetic_dtype
+from dist_lowrank.sharding.layouts import LayoutError, TallForm
+from dist_lowrank.strategies import shard_count, shard_dimension
+from dist_lowrank.training.model import build_model, low_rank_forms, route
+from dist_lowrank.training.optimizers import make_optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterRow:
+    """One parameter: its path, its sharding, and the optimizer state that the fullest rank holds for it."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: str  # "low-rank" or "dense"
+    side: str  # "left", "right", or "" on the dense path
+    n: int | None  # length of the compressed axis
+    rank: int | None
+    placement: str
+    state_bytes: int
+
+
+def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
+    """A row for each trainable parameter, in the model's order; allocates no model.
+
+    Raises:
+        ConfigError: what would keep the run from starting: a model that cannot be built, a pattern that matches
+            nothing, a matrix that the strategy cannot shard along its rows, a dictionary without the size.
+    """
+    model = build_model(config, meta=True)
+    groups = route(model, config.model)
+    forms = low_rank_forms(groups, config)
+    shards = shard_count(config.strategy, world_size)
+    rows = []
+    specs = {}
+    if not isinstance(config.optimizer, AdamWConfig):
+        optimizer = make_optimizer(config, groups)
+        recipe = optimizer.recipe(optimizer.param_groups[0])  # type: ignore[attr-defined]
+        specs = {name: recipe.state(form, arithmetic_dtype(model.get_parameter(name))) for name, form in forms.items()}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        shape = tuple(parameter.shape)
+        form = forms.get(name)
+        if form is None:
+            first = math.ceil(shape[0] / shards) if shape else 1
+            elements = first * math.prod(shape[1:])
+            state_bytes = 2 * elements * arithmetic_dtype(parameter).itemsize + 4
+            rows.append(ParameterRow(name, shape, "dense", "", None, None, _placement(config, 0), state_bytes))
+            continue
+        dimension = _checked_dimension(form, shards, name, config)
+        blocks = world_size if config.strategy.name == "ddp" else shards
+        fullest = math.ceil(form.rows / blocks)
+        state_bytes = 4 + sum(
+            spec.columns * spec.dtype.itemsize * (fullest if spec.sharded else 1) for spec in specs[name].values()
+        )
+        rows.append(
+            ParameterRow(
+                name, shape, "low-rank", form.side, form.n, form.rank, _placement(config, dimension), state_bytes
+            )
+        )
+    return rows
+
+
+def _checked_dimension(form: TallForm, shards: int, name: str, config: RunConfig) -> int:
+    assert not isinstance(config.optimizer, AdamWConfig)
+    try:
+        check_dictionary(config.optimizer.dictionary, form.n)
+    except ValueError as error:
+        raise ConfigError(f"optimizer.{error} (parameter {name!r} of shape {form.shape})") from error
+    try:
+        return shard_dimension(form, shards, name) if shards > 1 else form.rows_axis
+    except LayoutError as error:
+        raise ConfigError(f"strategy.name: {config.strategy.name!r} is not allowed here; {error}") from error
+
+
+def _placement(config: RunConfig, dimension: int) -> str:
+    if config.strategy.name == "ddp":
+        return "Replicate"
+    return f"Shard({dimension})" if config.strategy.name == "fsdp" else f"Replicate, Shard({dimension})"

@@ -1,0 +1,186 @@
+"""One rank of a run: joins the process group, trains, leaves without a trace.
+
+`python -m dist_lowrank.worker RUNS/RUN/attempt-N` is what `launchers.local` starts; `main_torchrun` is for ranks that
+the user's own torchrun started. Ranks never compose a configuration twice: they read run.json, or rank 0's broadcast.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dist_lowrank.config import ConfigError, RunConfig, RunFolder, from_dict, open_run, to_dict
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+
+def main() -> NoReturn:
+    """Entry of a rank that `launchers.local` started, with the attempt's folder as only argument."""
+    _end_with_parent()
+    _exit_quietly_on_signals()
+    folder = open_run(sys.argv[1])
+    _work(folder.config(), folder, _store(), speaks=False)
+
+
+def main_torchrun(overrides: Sequence[str]) -> NoReturn:
+    """Entry of a rank under the user's torchrun: rank 0 composes and checks for all, and broadcasts the outcome."""
+    _end_with_parent()
+    _exit_quietly_on_signals()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    prepared = _prepare(overrides, world_size) if rank == 0 else None
+    store = _store()
+    if prepared is not None:
+        store.set("prepared", json.dumps(prepared))
+    else:
+        prepared = json.loads(store.get("prepared"))
+    if "error" in prepared:
+        if rank == 0:
+            print(prepared["error"], file=sys.stderr)
+            store.wait([f"told/{other}" for other in range(1, world_size)])  # this rank may be the host of the store
+        else:
+            store.set(f"told/{rank}", "")
+        shutdown(prepared["exit_code"], together=False)
+    folder = open_run(prepared["attempt"])
+    if rank == 0:
+        print(folder.announcement, flush=True)
+    _work(from_dict(prepared["config"]), folder, store, speaks=True)
+
+
+def shutdown(exit_code: int, *, together: bool) -> NoReturn:
+    """Ends this process, skipping interpreter shutdown, during which gloo's threads abort one run in twenty.
+
+    Args:
+        together: whether all ranks come here, so that they can wait for each other; the peers of a rank that failed
+            may be stuck in a collective.
+    """
+    if together:
+        import torch.distributed as dist
+
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def compare_configurations(config: RunConfig) -> None:
+    """The first collective: all ranks must hold the same configuration.
+
+    Raises:
+        RuntimeError: on every rank, naming the ranks that differ from rank 0.
+    """
+    import torch
+    import torch.distributed as dist
+
+    own = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).digest()[:6]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    sent = torch.tensor(list(own), dtype=torch.uint8, device=device)
+    received = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+    dist.all_gather(received, sent)
+    fingerprints = [bytes(each.tolist()).hex() for each in received]
+    different = [f"rank {rank} ({text})" for rank, text in enumerate(fingerprints) if text != fingerprints[0]]
+    if different:
+        raise RuntimeError(
+            f"the configuration of {', '.join(different)} differs from that of rank 0 ({fingerprints[0]})"
+        )
+
+
+def _prepare(overrides: Sequence[str], world_size: int) -> dict[str, Any]:
+    try:
+        from dist_lowrank.launchers.preparation import prepare_run
+
+        config, folder = prepare_run(overrides, world_size)
+    except ConfigError as error:
+        return {"error": "\n".join(f"error: {line}" for line in str(error).splitlines()), "exit_code": 2}
+    except Exception:
+        return {"error": traceback.format_exc(), "exit_code": 1}
+    return {"config": to_dict(config), "attempt": str(folder.attempt_path)}
+
+
+def _work(config: RunConfig, folder: RunFolder, store: Store, *, speaks: bool) -> NoReturn:
+    """Trains and exits. An error goes to a file of the run folder, from where the launcher reads it, or is printed."""
+    rank = int(os.environ["RANK"])
+    try:
+        device = _join(config, store)
+        compare_configurations(config)
+        from dist_lowrank.training.run import train
+
+        stopped_by = train(config, folder, device)
+    except Exception as error:
+        refused = isinstance(error, ConfigError)
+        text = str(error) if refused else traceback.format_exc()
+        path = folder.error(rank)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        if speaks and (rank == 0 or not refused):
+            print(f"error: {'' if refused else f'rank {rank} failed: '}{text}", file=sys.stderr)
+        shutdown(2 if refused else 1, together=False)
+    shutdown(128 + stopped_by if stopped_by else 0, together=True)
+
+
+def _store() -> Store:
+    """The launcher's key-value store. Its prefix keeps a restarted group from reading its predecessor's addresses."""
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://"))
+    return PrefixStore(f"dist_lowrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _join(config: RunConfig, store: Store) -> torch.device:
+    import torch
+    import torch.distributed as dist
+
+    from dist_lowrank.launchers.preparation import resolve_processes
+
+    if config.launcher.threads is not None:
+        torch.set_num_threads(config.launcher.threads)
+    kind, _ = resolve_processes(config)
+    if kind == "cuda":
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"torchrun --nproc-per-node: {os.environ['LOCAL_WORLD_SIZE']} ranks but {torch.cuda.device_count()} "
+                f"GPUs visible; allowed: 1 to {torch.cuda.device_count()} (or launcher.device=cpu)"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed, if installed, else warns that it guesses
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=config.launcher.timeout_seconds),
+        device_id=device if kind == "cuda" else None,
+    )
+    return device
+
+
+def _end_with_parent() -> None:
+    """Asks Linux to kill this rank when its launcher dies, even by SIGKILL, so that no process is left behind."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _exit_quietly_on_signals() -> None:
+    """Until the training loop installs its own handlers, there is nothing to finish: just leave."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: os._exit(128 + received))
+
+
+if __name__ == "__main__":
+    main()

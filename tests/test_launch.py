@@ -1,0 +1,203 @@
+"""Runs that really start: one folder, the right exit code, and no process left behind, however they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dist_lowrank.config import compose, open_run
+from dist_lowrank.worker import compare_configurations
+
+COMMAND = str(Path(sys.executable).with_name("dist-lowrank"))
+TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+SCRIPT = str(Path(__file__).parents[1] / "launch" / "train.py")
+SMALL = [
+    "data=text",
+    "data.path=text.txt",
+    "data.cache=cache",
+    "data.vocab_size=300",
+    "data.sequence_length=16",
+    "model.config.hidden_size=32",
+    "model.config.intermediate_size=64",
+    "model.config.num_hidden_layers=1",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=2",
+    "train.eval_sequences=4",
+    "train.export=false",
+    "train.sample_tokens=0",
+    "launcher.device=cpu",
+    "launcher.nproc_per_node=2",
+]
+FOREVER = "train.steps=1000000"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    sentences = (f"{number} plus {number + 1} makes {2 * number + 1}, says the teacher.\n" for number in range(2000))
+    (tmp_path / "text.txt").write_text("".join(sentences))
+    yield tmp_path
+    assert _processes_in(tmp_path) == [], "no process is left behind"
+
+
+def _processes_in(folder: Path) -> list[int]:
+    """Processes that work in a folder; a rank of a run that a test started, for instance."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            inside, state = os.readlink(process / "cwd") == str(folder), (process / "stat").read_text().split()[-50]
+        except OSError:
+            continue
+        if inside and state != "Z":
+            found.append(int(process.name))
+    return found
+
+
+def _start(folder: Path, command: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def _wait_for_steps(folder: Path) -> None:
+    """Until the first rank has written the metrics of a step."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if any(path.stat().st_size for path in folder.glob("runs/*/attempt-1/metrics/rank_00000.jsonl")):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the run has not made a step in 90 seconds")
+
+
+def _ranks(folder: Path, launcher: subprocess.Popen[str]) -> list[int]:
+    return [process for process in _processes_in(folder) if process != launcher.pid]
+
+
+def test_train_leaves_one_finished_run_folder(folder: Path) -> None:
+    run = _start(folder, [COMMAND, "train", *SMALL, "train.steps=2"])
+    output, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    (path,) = (folder / "runs").iterdir()
+    opened = open_run(path)
+    first_line = output.splitlines()[0]
+    assert f"runs/{path.name}/attempt-1" in first_line
+    assert f"tensorboard --logdir runs/{path.name}" in first_line
+    assert opened.is_finished
+    for rank in (0, 1):
+        assert json.loads(opened.metrics(rank).read_text().splitlines()[0])
+        assert list(opened.tensorboard(rank).iterdir())
+
+
+def test_torchrun_leaves_one_finished_run_folder(folder: Path) -> None:
+    command = [TORCHRUN, "--standalone", "--nproc-per-node", "2", SCRIPT, *SMALL, "train.steps=2"]
+    run = _start(folder, command)
+    output, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    (path,) = (folder / "runs").iterdir()
+    assert open_run(path).is_finished
+    assert output.count("tensorboard --logdir") >= 1
+    assert [attempt.name for attempt in path.glob("attempt-*")] == ["attempt-1"]
+
+
+def test_a_bad_key_under_torchrun_is_told_once_and_ends_all_ranks(folder: Path) -> None:
+    command = [TORCHRUN, "--standalone", "--nproc-per-node", "2", SCRIPT, *SMALL, "optimizer.rnak=3"]
+    run = _start(folder, command)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert errors.count("error: optimizer.rnak: 3 is not allowed, no such key; did you mean rank?") == 1
+    assert errors.count("exitcode  : 2") == 2, errors
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_stops_a_run_after_the_step_without_a_traceback(folder: Path, number: signal.Signals) -> None:
+    run = _start(folder, [COMMAND, "train", *SMALL, FOREVER])
+    _wait_for_steps(folder)
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    assert "error" not in errors
+    (path,) = (folder / "runs").iterdir()
+    assert not open_run(path).is_finished
+
+
+def test_ctrl_c_while_the_workers_start_is_quiet_too(folder: Path) -> None:
+    run = _start(folder, [COMMAND, "train", *SMALL, FOREVER])
+    deadline = time.monotonic() + 60
+    while len(_ranks(folder, run)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 130, errors
+    assert "Traceback" not in errors
+
+
+def test_a_killed_rank_ends_the_run_with_code_1_and_is_named(folder: Path) -> None:
+    run = _start(folder, [COMMAND, "train", *SMALL, FOREVER])
+    _wait_for_steps(folder)
+    victim = max(_ranks(folder, run))
+    rank = dict(
+        entry.split("=", 1) for entry in Path(f"/proc/{victim}/environ").read_text().split("\0") if "=" in entry
+    )["RANK"]
+    os.kill(victim, signal.SIGKILL)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert f"error: rank {rank} of " in errors
+    assert "was killed by SIGKILL; often the system ran out of memory" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_of_them(folder: Path) -> None:
+    run = _start(folder, [COMMAND, "train", *SMALL, FOREVER])
+    _wait_for_steps(folder)
+    os.kill(max(_ranks(folder, run)), signal.SIGTERM)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM, errors
+    assert "error" not in errors
+
+
+@pytest.mark.slow
+def test_killing_the_launcher_ends_the_ranks(folder: Path) -> None:
+    run = _start(folder, [COMMAND, "train", *SMALL, FOREVER])
+    _wait_for_steps(folder)
+    run.kill()
+    run.communicate(timeout=30)
+    deadline = time.monotonic() + 10
+    while _processes_in(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _rank_with_its_own_seed(rank: int, rendezvous: str, differs: int, told: mp.SimpleQueue) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=3)
+    try:
+        compare_configurations(compose([f"seed={int(rank == differs)}"]))
+        told.put("equal")
+    except RuntimeError as error:
+        told.put(str(error))
+    dist.barrier()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("differs", [2, None])
+def test_the_first_collective_names_the_rank_with_another_configuration(tmp_path: Path, differs: int | None) -> None:
+    told = mp.get_context("fork").SimpleQueue()
+    arguments = (str(tmp_path / "rendezvous"), -1 if differs is None else differs, told)
+    mp.start_processes(_rank_with_its_own_seed, arguments, nprocs=3, start_method="fork")
+    for text in (told.get() for _ in range(3)):
+        if differs is None:
+            assert text == "equal"
+        else:
+            assert "the configuration of rank 2 (" in text
+            assert "differs from that of rank 0" in text
