@@ -121,12 +121,29 @@ class Dictionary:
             return rows.index_select(1, indices)
         return rows @ self._atoms.index_select(0, indices).t()
 
-    def add_lifted(self, target: Tensor, coefficients: Tensor, indices: Tensor, *, decay: float, scale: float) -> None:
-        """In place: `target = decay * target + scale * coefficients @ D[:, indices]^T`; target (L, n)."""
-        if self._atoms is None:
-            target.mul_(decay).index_add_(1, indices, coefficients, alpha=scale)
-        else:
-            target.addmm_(coefficients, self._atoms.index_select(0, indices), beta=decay, alpha=scale)
+    def add_lifted(
+        self,
+        target: Tensor,
+        coefficients: Tensor,
+        indices: Tensor,
+        *,
+        decay: float,
+        scale: float,
+        columns: slice = slice(None),
+    ) -> None:
+        """In place: `target = decay * target + scale * (coefficients @ D[:, indices]^T)[:, columns]`.
+
+        Args:
+            target: (L, width of `columns`).
+        """
+        if self._atoms is not None:
+            target.addmm_(coefficients, self._atoms.index_select(0, indices)[:, columns], beta=decay, alpha=scale)
+            return
+        start, stop, _ = columns.indices(self.n)
+        inside = (indices >= start) & (indices < stop)
+        if (start, stop) != (0, self.n):
+            coefficients, indices = coefficients[:, inside], indices[inside] - start
+        target.mul_(decay).index_add_(1, indices, coefficients, alpha=scale)
 
 
 class DictionaryCache:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_lowrank.config.schema import PrecisionConfig, StrategyConfig
-from dist_lowrank.sharding.layouts import LayoutError, TallForm
+from dist_lowrank.sharding.layouts import TallForm
 
 WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
@@ -34,20 +34,13 @@ def shard_count(strategy: StrategyConfig, world_size: int, ranks_per_node: int |
     return strategy.shard_size or min(ranks_per_node or world_size, world_size)
 
 
-def shard_dimension(form: TallForm, shards: int, name: str) -> int:
-    """The dimension along which a matrix has to be cut so that its projection is local.
+def shard_dimension(form: TallForm, shards: int) -> int:
+    """The dimension along which to cut a matrix: where its rows stay whole if FSDP2 can cut there.
 
-    Raises:
-        LayoutError: FSDP2 cuts dimension 1 evenly only, and this matrix does not divide.
+    FSDP2 cuts dimension 1 evenly only. A matrix whose rows would lie along it and do not divide is cut along
+    dimension 0, and its rows are exchanged at each step.
     """
-    size = form.shape[form.rows_axis]
-    if form.rows_axis == 1 and size % shards:
-        raise LayoutError(
-            f"parameter {name!r} of shape {form.shape} has side={form.side!r}, so it has to be sharded along dimension "
-            f"1, and {size} does not divide by {shards} ranks. Allowed: a number of ranks that divides {size}, "
-            "`optimizer.side=right`, a pattern in `model.dense` that takes it off the low-rank path, or `strategy=ddp`"
-        )
-    return form.rows_axis
+    return 1 if form.rows_axis == 1 and form.shape[1] % shards == 0 else 0
 
 
 def apply_strategy(
@@ -72,7 +65,7 @@ def apply_strategy(
     mesh = _mesh(strategy, device)
     shards = mesh.size(mesh.ndim - 1)
     dimensions = {
-        id(parameter): shard_dimension(forms[name], shards, name)
+        id(parameter): shard_dimension(forms[name], shards)
         for name, parameter in model.named_parameters()
         if name in forms
     }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from collectives import CountCollectives
 from processes import RankFailure, run_on_ranks
 from torch import Tensor, nn
@@ -15,7 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dist_lowrank.optim import DCTAdamW, LayoutError, Trion, full_state_dict, recipe
+from dist_lowrank.optim import DCTAdamW, Trion, full_state_dict, recipe
+from dist_lowrank.sharding.exchanged import FlatSlice
 from dist_lowrank.sharding.layouts import tall_form
 
 STEPS = 20
@@ -64,6 +68,9 @@ def gradients(step: int, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype)
 
 
 def shard(model: nn.Module, strategy: str, world_size: int, rank: int | float) -> None:
+    if strategy == "fsdp_rows":  # also where the rows axis is cut: exchanged
+        fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+        return
     if strategy == "ddp":
         return  # the optimizer sees the plain parameters of the wrapped module
     if strategy == "fsdp":
@@ -78,26 +85,55 @@ def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
+def random_cuts(shapes: dict[str, tuple[int, ...]], world_size: int) -> dict[str, list[tuple[int, int]]]:
+    """Start and stop by rank: anywhere, also several within a row, also nothing."""
+    generator = torch.Generator().manual_seed(world_size)
+    cuts = {}
+    for name, shape in shapes.items():
+        inner = torch.randint(0, math.prod(shape) + 1, (world_size - 1,), generator=generator).sort().values.tolist()
+        borders = [0, *inner, math.prod(shape)]
+        cuts[name] = list(pairwise(borders))
+    return cuts
+
+
+def joined(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part.detach().clone())
+    return torch.cat(parts).view(shape)
+
+
 def trajectory(
-    _: int, strategy: str, world_size: int, optimizer: str, dtype: torch.dtype, shapes: Any = None
+    rank: int, strategy: str, world_size: int, optimizer: str, dtype: torch.dtype, shapes: Any = None
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """Full weights after the steps of CHECKED, and this rank's indices after every step."""
     shapes = shapes or SHAPES
     make, options = OPTIMIZERS[optimizer]
     model = Model(shapes, dtype)
-    shard(model, strategy, world_size, options["rank"])
-    updater = make(model.named_parameters(), **options)
+    cuts = random_cuts(shapes, world_size) if strategy == "flat" else {}
+    if strategy == "flat":
+        named = [
+            (name, nn.Parameter(p.detach().flatten()[slice(*cuts[name][rank])])) for name, p in model.named_parameters()
+        ]
+        updater = make(named, **options)
+        slices = {p: [FlatSlice(shapes[name], start, stop) for start, stop in cuts[name]] for name, p in named}
+        updater.declare_flat_slices(slices, dist.group.WORLD)
+    else:
+        shard(model, strategy, world_size, options["rank"])
+        named = list(model.named_parameters())
+        updater = make(named, **options)
     weights, indices = [], []
     for step in range(1, STEPS + 1):
         for name, gradient in gradients(step, shapes, dtype).items():
-            parameter = model.get_parameter(name)
-            if isinstance(parameter, DTensor):
+            parameter = dict(named)[name]
+            if strategy == "flat":
+                gradient = gradient.flatten()[slice(*cuts[name][rank])]
+            elif isinstance(parameter, DTensor):
                 gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.grad = gradient
         updater.step()
         if step in CHECKED:
-            weights.append({name: full(p) for name, p in model.named_parameters()})
-        state = {name: updater.state[p] for name, p in model.named_parameters()}
+            weights.append({name: full(p) if not cuts else joined(p, shapes[name]) for name, p in named})
+        state = {name: updater.state[p] for name, p in named}
         indices.append({name: s["indices"].clone() for name, s in state.items() if "indices" in s})
     return weights, indices
 
@@ -129,7 +165,24 @@ def smallest_score_gap(optimizer: str, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
     ("strategy", "world_size"),
-    [("ddp", 1), ("ddp", 2), ("ddp", 4), ("fsdp", 1), ("fsdp", 2), ("fsdp", 4), ("hsdp", 2), ("hsdp", 4)],
+    [
+        ("ddp", 1),
+        ("ddp", 2),
+        ("ddp", 3),
+        ("ddp", 4),
+        ("fsdp", 1),
+        ("fsdp", 2),
+        ("fsdp", 4),
+        ("fsdp_rows", 2),
+        ("fsdp_rows", 3),
+        ("fsdp_rows", 4),
+        ("flat", 1),
+        ("flat", 2),
+        ("flat", 3),
+        ("flat", 4),
+        ("hsdp", 2),
+        ("hsdp", 4),
+    ],
 )
 def test_sharded_trajectory_equals_one_process(
     strategy: str, world_size: int, optimizer: str, dtype: torch.dtype
@@ -202,6 +255,21 @@ def test_trion_under_fsdp_sends_two_all_reduces() -> None:
     expected = [("allreduce_", sum(form.n for form in forms)), ("allreduce_", sum(form.rank**2 for form in forms))]
     for calls in run_on_ranks(4, _collectives, "fsdp", 4, "trion"):
         assert calls == [expected] * 4
+
+
+def test_misaligned_matrices_are_exchanged_in_one_all_to_all_and_their_sums_fused() -> None:
+    """Under plain Shard(0) the two wide matrices are cut along the compressed axis; r x ranks > n, so rows go back."""
+    world_size = 4
+    forms = matrix_forms(OPTIMIZERS["dct_adamw"][1])
+    wide = [form for form in forms if form.transposed]
+    results = run_on_ranks(world_size, _collectives, "fsdp_rows", world_size, "dct_adamw")
+    for calls in results:
+        for step in calls:
+            assert [name for name, _ in step] == ["alltoall_base_", "allreduce_", "alltoall_base_"]
+            assert step[1][1] == sum(form.n for form in forms)
+    for position in (0, 2):  # all ranks together send each matrix once, there and back
+        sent = sum(calls[0][position][1] for calls in results)
+        assert sent == sum(form.rows * form.n for form in wide)
 
 
 @pytest.mark.parametrize("optimizer", ["dct_adamw", "trion"])
@@ -290,24 +358,6 @@ def _own_group(rank: int) -> bool:
 
 def test_a_process_group_of_one_allows_a_model_of_its_own_on_each_rank() -> None:
     assert run_on_ranks(2, _own_group) == [True, True]
-
-
-def _misaligned(rank: int) -> str:
-    model = Model({"wide.weight": (4, 10)}, torch.float32)
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    updater = DCTAdamW(model.named_parameters())
-    with pytest.raises(LayoutError) as caught:
-        updater.step()
-    return str(caught.value)
-
-
-def test_a_matrix_cut_along_its_compressed_axis_is_refused_with_the_way_out() -> None:
-    for message in run_on_ranks(2, _misaligned):
-        assert "'wide.weight' of shape (4, 10)" in message
-        assert "shard_placement_fn" in message
-        assert "side='right'" in message
 
 
 def test_a_failing_rank_fails_the_test() -> None:

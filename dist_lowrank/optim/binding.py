@@ -20,7 +20,9 @@ from torch.distributed.tensor import DTensor
 from dist_lowrank.dictionaries import check_dictionary
 from dist_lowrank.optim.dense import arithmetic_dtype, dense_state
 from dist_lowrank.optim.recipe import Recipe
-from dist_lowrank.sharding.layouts import RowLayout, local, row_layout, tall_form
+from dist_lowrank.sharding.exchanged import FlatSlice, flat_layout
+from dist_lowrank.sharding.layouts import Layout, local, tall_form
+from dist_lowrank.sharding.reading import read_layout, sharded_axis
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
@@ -31,7 +33,7 @@ class BoundMatrix:
 
     name: str
     parameter: Tensor
-    layout: RowLayout
+    layout: Layout
     dtype: torch.dtype  # of the arithmetic
     captured_energy: Tensor | None = None  # share of the score in the chosen columns, at the last refresh
 
@@ -57,8 +59,20 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def is_low_rank(parameter: Tensor, group: Mapping[str, Any]) -> bool:
-    return parameter.ndim == 2 and parameter.numel() > 0 and bool(group["low_rank"])
+@dataclass(frozen=True, slots=True)
+class FlatPlace:
+    """A 1-D parameter is a flat slice of a larger one, of which each rank of a group holds one."""
+
+    slices: tuple[FlatSlice, ...]  # by rank
+    group: dist.ProcessGroup
+
+
+def matrix_shape(parameter: Tensor, group: Mapping[str, Any], flat: FlatPlace | None) -> tuple[int, int] | None:
+    """Global shape of a parameter on the low-rank path; None on the dense path."""
+    shape = tuple(parameter.shape) if flat is None else flat.slices[0].shape
+    if len(shape) == 2 and shape[0] * shape[1] > 0 and group["low_rank"]:
+        return shape[0], shape[1]
+    return None
 
 
 def bind_group(
@@ -67,6 +81,7 @@ def bind_group(
     recipe: Recipe,
     state: MutableMapping[Tensor, dict[str, Tensor]],
     replica_mesh: Callable[[torch.device], DeviceMesh | None],
+    flat_places: Mapping[Tensor, FlatPlace],
 ) -> BoundGroup:
     """Reads layouts and creates the state that is missing.
 
@@ -74,6 +89,7 @@ def bind_group(
         first_position: of the group's first parameter among all, which names unnamed ones.
         state: of the optimizer, by parameter; what is missing is added.
         replica_mesh: gives the mesh of the ranks that hold copies of plain tensors on a device.
+        flat_places: of the parameters that are flat slices.
     """
     bound = BoundGroup()
     parameters = group["params"]
@@ -81,21 +97,26 @@ def bind_group(
     for name, parameter in zip(map(canonical_name, names), parameters, strict=True):
         if parameter.is_complex():
             raise ValueError(f"parameter {name!r} is complex, {parameter.dtype}; allowed: real floating-point dtypes")
-        plain = not isinstance(parameter, DTensor)
+        flat = flat_places.get(parameter)
+        plain = flat is None and not isinstance(parameter, DTensor)
         if plain and parameter not in state:
             bound.fresh_replicas.append((name, parameter))
-        if not is_low_rank(parameter, group):
+        shape = matrix_shape(parameter, group, flat)
+        if shape is None:
             bound.dense.append(parameter)
             if parameter not in state:
                 state[parameter] = dense_state(parameter)
             continue
-        form = tall_form((parameter.shape[0], parameter.shape[1]), recipe.side, recipe.rank)
+        form = tall_form(shape, recipe.side, recipe.rank, sharded_axis(parameter))
         try:
             check_dictionary(recipe.dictionary, form.n)
         except ValueError as error:
             raise ValueError(f"parameter {name!r} of shape {form.shape}: {error}") from None
-        replicas = replica_mesh(parameter.device) if plain else None
-        layout = row_layout(parameter, form, replicas, name)
+        layout: Layout
+        if flat is not None:
+            layout = flat_layout(form, flat.slices, dist.get_rank(flat.group), flat.group)
+        else:
+            layout = read_layout(parameter, form, replica_mesh(parameter.device) if plain else None, name)
         matrix = BoundMatrix(name, parameter, layout, arithmetic_dtype(parameter))
         bound.matrices.append(matrix)
         if parameter not in state:

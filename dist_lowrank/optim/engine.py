@@ -1,8 +1,9 @@
 """The engine: one `step()` for every recipe and every layout.
 
     for each wave of matrices that fits the workspace:
+        fetch rows                     where a rank does not hold them whole: one all-to-all
         run the rules in lockstep      one all-reduce per round for the whole wave
-        gather what replicas divided   coefficients, L x r, never R x C
+        deliver                        where rows were divided: coefficients, L x r, or rows
         apply                          W <- (1 - lr wd) W - lr scale direction D[:, I]^T
     dense parameters: AdamW
 
@@ -11,7 +12,7 @@ An optimizer is a subclass that says which recipe a parameter group follows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +21,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lowrank.dictionaries import Dictionary, DictionaryCache
-from dist_lowrank.optim.binding import BoundGroup, BoundMatrix, bind_group, check_replicas
+from dist_lowrank.optim.binding import BoundGroup, BoundMatrix, FlatPlace, bind_group, check_replicas
 from dist_lowrank.optim.dense import DenseOptions, dense_step
 from dist_lowrank.optim.options import check_count
 from dist_lowrank.optim.recipe import SCALES, Recipe, Update, low_rank_rule
 from dist_lowrank.optim.state_dict import load_into, validate_state_dict
+from dist_lowrank.sharding.exchanged import FlatSlice
 from dist_lowrank.sharding.layouts import local
-from dist_lowrank.sharding.rounds import Task, gather_rows, run_rounds
+from dist_lowrank.sharding.rounds import Task, run_rounds
+from dist_lowrank.sharding.transport import exchange_updates, fetch_rows, gather_coefficients
 
 WORKSPACE_BYTES = 512 * 2**20
 
@@ -36,6 +39,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     process_group: dist.ProcessGroup | None = None  # here too, for copies, which torch makes without __init__
     workspace_bytes: int = WORKSPACE_BYTES
+    _flat: dict[Tensor, FlatPlace] = {}  # noqa: RUF012 (never written here)
 
     def __init__(
         self,
@@ -48,6 +52,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         check_count("workspace_bytes", workspace_bytes)
         self.process_group = process_group
         self.workspace_bytes = workspace_bytes
+        self._flat: dict[Tensor, FlatPlace] = {}
         self._forget_binding()
         super().__init__(params, {"low_rank": True, **defaults})
 
@@ -123,45 +128,56 @@ class LowRankOptimizer(torch.optim.Optimizer):
             yield wave
 
     def _update(self, wave: list[tuple[BoundMatrix, Recipe]]) -> None:
+        layouts = [matrix.layout for matrix, _ in wave]
+        gradients = [local(matrix.parameter.grad) for matrix, _ in wave]  # type: ignore[arg-type]
+        rows = fetch_rows(layouts, gradients, [matrix.dtype for matrix, _ in wave])
         tasks = []
-        for matrix, recipe in wave:
-            gradient = matrix.parameter.grad
-            assert gradient is not None
-            rows = matrix.layout.rows(local(gradient)).to(matrix.dtype)  # (l, n)
+        for (matrix, recipe), own_rows in zip(wave, rows, strict=True):
             state = {key: local(tensor) for key, tensor in self.state[matrix.parameter].items()}
             step = int(state["step"].add_(1))
-            rule = low_rank_rule(rows, state, step, recipe, matrix.layout.form, self._dictionary(matrix, recipe))
-            tasks.append(Task(rule, matrix.layout.group))
-        updates = self._gather([matrix for matrix, _ in wave], run_rounds(tasks))
-        for (matrix, recipe), update in zip(wave, updates, strict=True):
-            if update.scores is not None:
-                total = update.scores.sum()
-                matrix.captured_energy = update.scores[update.indices].sum() / total.clamp(min=1e-38)
-            self._apply(matrix, recipe, update)
+            layout, dictionary = matrix.layout, self._dictionary(matrix, recipe)
+            rule = low_rank_rule(own_rows, state, step, recipe, layout.form, dictionary, layout.owned)
+            tasks.append(Task(rule, layout.group))
+        updates = run_rounds(tasks)
+        directions = gather_coefficients(layouts, [update.direction for update in updates])
+        lifted = [
+            self._lift(matrix, recipe, update) if matrix.layout.delivery in ("rows", "own rows") else update.direction
+            for (matrix, recipe), update in zip(wave, updates, strict=True)
+        ]
+        arrived = exchange_updates(layouts, lifted)
+        for index, (matrix, recipe) in enumerate(wave):
+            scores, indices = updates[index].scores, updates[index].indices
+            if scores is not None:
+                matrix.captured_energy = scores[indices].sum() / scores.sum().clamp(min=1e-38)
+            self._apply(matrix, recipe, directions[index], indices, lifted[index], arrived[index])
 
-    def _gather(self, matrices: list[BoundMatrix], updates: list[Update]) -> list[Update]:
-        """Completes the directions of replicated matrices, whose rows the ranks divided among themselves."""
-        buckets: dict[Any, list[int]] = {}
-        for index, matrix in enumerate(matrices):
-            if matrix.layout.replicated:
-                key = (matrix.layout.group, matrix.dtype, updates[index].direction.device)
-                buckets.setdefault(key, []).append(index)
-        for (group, _, _), members in buckets.items():
-            blocks = [(updates[index].direction, matrices[index].layout.form.rows) for index in members]
-            for index, direction in zip(members, gather_rows(blocks, group), strict=True):
-                updates[index] = Update(direction, updates[index].indices, updates[index].scores)
-        return updates
+    def _lift(self, matrix: BoundMatrix, recipe: Recipe, update: Update) -> Tensor:
+        rows = update.direction.new_zeros(len(update.direction), matrix.layout.form.n)
+        self._dictionary(matrix, recipe).add_lifted(rows, update.direction, update.indices, decay=1.0, scale=1.0)
+        return rows
 
-    def _apply(self, matrix: BoundMatrix, recipe: Recipe, update: Update) -> None:
-        weight = matrix.layout.form.view(local(matrix.parameter.detach()))  # (l, n), a view
+    def _apply(
+        self,
+        matrix: BoundMatrix,
+        recipe: Recipe,
+        direction: Tensor,
+        indices: Tensor,
+        lifted: Tensor,
+        arrived: list[Tensor],
+    ) -> None:
+        """`W <- (1 - lr wd) W - lr scale update` on the local tensor, from whichever form of the update is here."""
+        layout, weight = matrix.layout, local(matrix.parameter.detach())
         target = weight.to(matrix.dtype)  # the weight itself unless it is of lower precision
-        self._dictionary(matrix, recipe).add_lifted(
-            target,
-            update.direction,
-            update.indices,
-            decay=1 - float(recipe.lr) * recipe.weight_decay,
-            scale=-float(recipe.lr) * SCALES[recipe.scale](*matrix.layout.form.shape),
-        )
+        decay = 1 - float(recipe.lr) * recipe.weight_decay
+        scale = -float(recipe.lr) * SCALES[recipe.scale](*layout.form.shape)
+        if layout.delivery == "rows":
+            layout.add_update(target, arrived, decay=decay, scale=scale)
+        elif layout.delivery == "own rows":
+            layout.add_rows(target, lifted, decay=decay, scale=scale)
+        else:
+            self._dictionary(matrix, recipe).add_lifted(
+                layout.form.view(target), direction, indices, decay=decay, scale=scale, columns=layout.columns
+            )
         if target is not weight:
             weight.copy_(target)
 
@@ -185,7 +201,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self._bound is None:
             bound, position = [], 0
             for group in self.param_groups:
-                bound.append(bind_group(group, position, self.recipe(group), self._state, self._replica_mesh))
+                bound.append(
+                    bind_group(group, position, self.recipe(group), self._state, self._replica_mesh, self._flat)
+                )
                 position += len(group["params"])
             self._bound = bound
             self._unchecked += [fresh for group in bound for fresh in group.fresh_replicas]
@@ -211,6 +229,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
             replicas = self._replica_mesh(unchecked[0][1].device)
             if replicas is not None and replicas.size() > 1:
                 check_replicas(unchecked, replicas.get_group())
+
+    def declare_flat_slices(self, slices: Mapping[Tensor, Sequence[FlatSlice]], group: dist.ProcessGroup) -> None:
+        """Says which 1-D parameters are flat slices of larger ones, cut anywhere, as ZeRO and FSDP1 make them.
+
+        Args:
+            slices: by parameter, the slice of each rank of `group`; this rank's has the parameter's number of elements.
+
+        Raises:
+            ValueError: a slice that is not the parameter's.
+        """
+        for parameter, by_rank in slices.items():
+            own = by_rank[dist.get_rank(group)]
+            if len(by_rank) != dist.get_world_size(group) or parameter.shape != (own.stop - own.start,):
+                raise ValueError(
+                    f"flat slices: {len(by_rank)} slices, and one of {own.stop - own.start} elements for a parameter "
+                    f"of shape {tuple(parameter.shape)}; allowed: one per rank, of the parameter's size"
+                )
+            self._flat[parameter] = FlatPlace(tuple(by_rank), group)
+        self._bound = None
 
     def _replica_mesh(self, device: torch.device) -> DeviceMesh | None:
         """The 1-D mesh of the ranks that hold copies of plain parameters; None without torch.distributed."""

@@ -21,8 +21,8 @@ class Moments(Protocol):
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
         """The state that this part keeps for a matrix whose update is computed in `dtype`."""
 
-    def direction(self, coefficients: Tensor, state: Mapping[str, Tensor], step: int) -> Rule[Tensor]:
-        """Returns the direction for this rank's rows, (l, r); yields partial sums where it needs totals."""
+    def direction(self, coefficients: Tensor, state: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
+        """Returns the direction for this rank's rows, (l, r); yields sums over its `owned` rows to get totals."""
 
     def columns(self, state: Mapping[str, Tensor]) -> list[Tensor]:
         """The state that belongs to single columns of the subspace, column last: it moves when they do."""
@@ -57,7 +57,7 @@ class Adam:
             tensors["age"] = StateTensor(form.rank, torch.int32, "indices", sharded=False)
         return tensors
 
-    def direction(self, coefficients: Tensor, state: Mapping[str, Tensor], step: int) -> Rule[Tensor]:
+    def direction(self, coefficients: Tensor, state: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
         yield from ()  # needs no sums
         beta1, beta2 = self.betas
         mean, square = state["exp_avg"], state["exp_avg_sq"]  # (l, r)
@@ -99,16 +99,16 @@ class NewtonSchulz:
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
         return {}
 
-    def direction(self, coefficients: Tensor, state: Mapping[str, Tensor], step: int) -> Rule[Tensor]:
+    def direction(self, coefficients: Tensor, state: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
         a, b, c = self.coefficients
-        gram = yield coefficients.t() @ coefficients  # (r, r)
+        gram = yield coefficients[owned].t() @ coefficients[owned]  # (r, r)
         norm = gram.diagonal().sum().sqrt() + self.eps
         gram = gram / norm.square()
         product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / norm
         for done in range(self.steps):
             if done and done % 5 == 0:
                 coefficients = coefficients @ product
-                gram = yield coefficients.t() @ coefficients
+                gram = yield coefficients[owned].t() @ coefficients[owned]
                 product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
             polynomial.diagonal().add_(a)  # a I + b G + c G^2

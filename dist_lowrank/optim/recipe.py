@@ -84,13 +84,20 @@ class Update:
 
 
 def low_rank_rule(
-    rows: Tensor, state: Mapping[str, Tensor], step: int, recipe: Recipe, form: TallForm, dictionary: Dictionary
+    rows: Tensor,
+    state: Mapping[str, Tensor],
+    step: int,
+    recipe: Recipe,
+    form: TallForm,
+    dictionary: Dictionary,
+    owned: slice = slice(None),
 ) -> Rule[Update]:
     """One update of one matrix.
 
     Args:
         rows: this rank's rows of the gradient, (l, n), float32 or float64; not modified.
         state: this rank's tensors as `recipe.state` declares them; updated in place.
+        owned: which of the rows count in this rank's part of a sum.
         step: number of this update, from 1. The columns are chosen at step 1 and at multiples of `refresh_interval`.
     """
     refresh = step == 1 or step % recipe.refresh_interval == 0
@@ -98,7 +105,7 @@ def low_rank_rule(
     if refresh or recipe.residual.needs_coordinates:
         coordinates = recipe.residual.add_stored(dictionary.transform(rows), state)  # (l, n)
         if refresh:
-            scores = yield column_scores(coordinates, recipe.ranking)  # (n,)
+            scores = yield column_scores(coordinates[owned], recipe.ranking)  # (n,)
             chosen = top_columns(scores, form.rank)
             change_columns(recipe.transition, recipe.moments.columns(state), indices, chosen, form.n)
             state["indices"].copy_(chosen)
@@ -107,5 +114,5 @@ def low_rank_rule(
         recipe.residual.store(coordinates, indices, coefficients, state)
     else:
         coefficients = dictionary.project(rows, indices)
-    direction = yield from recipe.moments.direction(coefficients, state, step)
+    direction = yield from recipe.moments.direction(coefficients, state, step, owned)
     return Update(direction, indices, scores)

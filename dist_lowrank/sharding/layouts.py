@@ -8,6 +8,8 @@ for small sums. A layout says which of the L rows this rank works on and how the
 - replicated: a plain tensor that every rank of a process group holds whole (DDP). Each rank works on a block of the
   rows and keeps only its state; the results are gathered.
 
+Layouts that have to exchange parts of rows first are in `dist_lowrank.sharding.exchanged`.
+
 Blocks follow `torch.chunk`, as DTensor's do: ceil(L / W) rows each, the last ones short or empty.
 """
 
@@ -21,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
-SIDES = ("shorter", "longer", "right", "left")
+SIDES = ("shorter", "longer", "right", "left", "unsharded")
 
 
 class LayoutError(ValueError):
@@ -60,19 +62,25 @@ class TallForm:
         return tensor.t() if self.transposed else tensor
 
 
-def tall_form(shape: Sequence[int], side: str, rank: int | float) -> TallForm:
+def tall_form(shape: Sequence[int], side: str, rank: int | float, sharded_axis: int = 0) -> TallForm:
     """Decides side and rank of a matrix from its global shape.
 
     Args:
         shape: (R, C), global.
-        side: `right` compresses axis 1, `left` axis 0, `shorter` the shorter axis (square: right), `longer` the other.
+        side: `right` compresses axis 1, `left` axis 0, `shorter` the shorter axis (square: right), `longer` the other,
+            `unsharded` the one that is not `sharded_axis`, so that rows are always whole.
         rank: number of columns (int), or fraction of n (float; `round(rank * n)`, half to even, at least 1). More than
             n means n.
     """
     if side not in SIDES:
         raise ValueError(f"side: {side!r} is not allowed; allowed: {', '.join(SIDES)}")
     rows, cols = shape
-    transposed = side == "left" or (side == "shorter" and rows < cols) or (side == "longer" and rows >= cols)
+    transposed = (
+        side == "left"
+        or (side == "shorter" and rows < cols)
+        or (side == "longer" and rows >= cols)
+        or (side == "unsharded" and sharded_axis == 1)
+    )
     n = rows if transposed else cols
     count = round(rank * n) if isinstance(rank, float) else rank
     return TallForm((rows, cols), transposed, max(1, min(count, n)))
@@ -85,17 +93,40 @@ def chunk_range(length: int, parts: int, index: int) -> tuple[int, int]:
     return start, min(start + size, length)
 
 
-@dataclass(frozen=True, slots=True)
-class RowLayout:
-    """The rows of one matrix, in tall form, that this rank works on."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The rows of one matrix, in tall form, that this rank works on and keeps the state of."""
 
     form: TallForm
     start: int
     stop: int
-    group: dist.ProcessGroup | None  # the ranks that together hold all rows; None: this rank alone does
-    replicated: bool  # the parameter is whole on every rank of `group`; results have to be gathered
-    mesh: DeviceMesh | None  # of the state's DTensors; None: plain tensors
-    placements: tuple[Any, ...]
+    group: dist.ProcessGroup | None = None  # the ranks that together hold all rows; None: this rank alone does
+    mesh: DeviceMesh | None = None  # of the state's DTensors; None: plain tensors
+    placements: tuple[Any, ...] = ()
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether ranks have to exchange parts of the gradient before rows are whole; the same on all ranks."""
+        return False
+
+    @property
+    def delivery(self) -> str:
+        """How the update gets from the rows worked on to the parameter's local tensor.
+
+        `local`: they are the same rows. `coefficients`: the directions of all ranks are gathered, L x r, and lifted on
+        each. `rows`: lifted rows are exchanged. `own rows`: lifted rows are cut.
+        """
+        return "local"
+
+    @property
+    def owned(self) -> slice:
+        """Of the rows worked on, those that count in sums on this rank; every row counts on one rank."""
+        return slice(None)
+
+    @property
+    def columns(self) -> slice:
+        """Of the n columns, those in the parameter's local tensor, for deliveries of coefficients."""
+        return slice(None)
 
     @property
     def group_size(self) -> int:
@@ -105,11 +136,6 @@ class RowLayout:
     def largest_block(self) -> int:
         """Rows of the fullest rank: the same number on every rank, so fit for decisions that all must share."""
         return -(-self.form.rows // self.group_size)
-
-    def rows(self, local: Tensor) -> Tensor:
-        """This rank's rows, (stop - start, n), as a view of its local tensor of the parameter or gradient."""
-        tall = self.form.view(local)
-        return tall[self.start : self.stop] if self.replicated else tall
 
     def sharded_state(self, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Zeros with a row for each row of the matrix, (rows, columns) globally, sharded as this layout says."""
@@ -125,56 +151,50 @@ class RowLayout:
             stride=(columns, 1),
         )
 
+    # Exchanges; only layouts that have them define these. Shapes and order are what every rank can work out. ---------
 
-def row_layout(parameter: Tensor, form: TallForm, replicas: DeviceMesh | None, name: str) -> RowLayout:
-    """Reads the layout of a matrix off its parameter.
+    def outgoing(self, gradient: Tensor) -> list[Tensor]:
+        """What this rank sends of its local gradient, by rank."""
+        raise NotImplementedError
 
-    Args:
-        replicas: 1-D mesh of the ranks that hold copies of plain tensors; None for one process.
+    def incoming_shapes(self) -> Sequence[tuple[int, ...]]:
+        """Of what it receives, by rank."""
+        raise NotImplementedError
 
-    Raises:
-        LayoutError: if the rows of the tall form are not whole on a rank.
-    """
-    if isinstance(parameter, DTensor):
-        return _dtensor_layout(parameter, form, name)
-    if replicas is None:
-        return RowLayout(form, 0, form.rows, None, False, None, ())
-    start, stop = chunk_range(form.rows, replicas.size(), replicas.get_local_rank())
-    group = replicas.get_group() if replicas.size() > 1 else None
-    return RowLayout(form, start, stop, group, group is not None, replicas, (Shard(0),))
+    def assemble(self, gradient: Tensor, incoming: Sequence[Tensor]) -> Tensor:
+        """This rank's rows, (stop - start, n)."""
+        raise NotImplementedError
+
+    def outgoing_update(self, rows: Tensor) -> list[Tensor]:
+        """What it sends of the lifted update of its rows, (stop - start, n), by rank."""
+        raise NotImplementedError
+
+    def incoming_update_shapes(self) -> Sequence[tuple[int, ...]]:
+        raise NotImplementedError
+
+    def add_update(self, weight: Tensor, incoming: Sequence[Tensor], *, decay: float, scale: float) -> None:
+        """In place: `weight = decay * weight + scale * update` on the local tensor of the parameter."""
+        raise NotImplementedError
+
+    def add_rows(self, weight: Tensor, rows: Tensor, *, decay: float, scale: float) -> None:
+        """The same from this rank's own lifted rows."""
+        raise NotImplementedError
 
 
-def _dtensor_layout(parameter: DTensor, form: TallForm, name: str) -> RowLayout:
-    mesh = parameter.device_mesh
-    sharded = []
-    for axis, placement in enumerate(parameter.placements):
-        if type(placement) is Shard:
-            if mesh.size(axis) > 1:
-                sharded.append(axis)
-        elif not isinstance(placement, Replicate):
-            raise LayoutError(
-                f"parameter {name!r}: placement {placement} is not supported; allowed: Shard on one mesh dimension, "
-                "Replicate on the others"
-            )
-    if len(sharded) > 1:
-        raise LayoutError(
-            f"parameter {name!r} is sharded over {len(sharded)} mesh dimensions, {parameter.placements}; allowed: one"
-        )
-    if not sharded:
-        return RowLayout(form, 0, form.rows, None, False, mesh, tuple(Replicate() for _ in range(mesh.ndim)))
-    (axis,) = sharded
-    dim = parameter.placements[axis].dim % 2  # type: ignore[attr-defined]
-    if dim != form.rows_axis:
-        size = form.shape[form.rows_axis]
-        raise LayoutError(
-            f"parameter {name!r} of shape {form.shape} is sharded along dimension {dim}, which side={form.side!r} "
-            f"compresses, over {mesh.size(axis)} ranks. Allowed: shard dimension {form.rows_axis} of size {size} "
-            f"(`shard_placement_fn` of `fully_shard`; the size has to divide), side={'left' if dim else 'right'!r}, "
-            "low_rank=False, or the ddp strategy"
-        )
-    start, stop = chunk_range(form.rows, mesh.size(axis), mesh.get_local_rank(axis))
-    placements = tuple(Shard(0) if a == axis else Replicate() for a in range(mesh.ndim))
-    return RowLayout(form, start, stop, mesh.get_group(axis), False, mesh, placements)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowBlock(Layout):
+    """Whole rows are at hand: all of them, or the block that the local tensor is, or a share of a replicated matrix."""
+
+    replicated: bool = False  # the parameter is whole on every rank of `group`; results have to be gathered
+
+    @property
+    def delivery(self) -> str:
+        return "coefficients" if self.replicated else "local"
+
+    def rows(self, local: Tensor) -> Tensor:
+        """This rank's rows, (stop - start, n), as a view of its local tensor of the parameter or gradient."""
+        tall = self.form.view(local)
+        return tall[self.start : self.stop] if self.replicated else tall
 
 
 def local_part(full: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> Tensor:

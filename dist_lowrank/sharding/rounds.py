@@ -1,4 +1,4 @@
-"""All communication of the optimizers: fused sums while rules run, and the gather of replicated work.
+"""All communication of the optimizers: fused sums while rules run, exchanges before and gathers after.
 
 A rule is a generator that says `total = yield partial` wherever it needs a sum over the ranks that hold the rows of
 its matrix. `run_rounds` advances the rules of many matrices in lockstep; what they yield in one round travels in one
@@ -8,6 +8,7 @@ empty partial sums where it holds no rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -96,3 +97,35 @@ def gather_rows(blocks: Sequence[tuple[Tensor, int]], group: dist.ProcessGroup) 
         ]
         gathered.append(torch.cat(parts))
     return gathered
+
+
+def exchange(
+    outgoing: Sequence[Sequence[Tensor]], incoming_shapes: Sequence[Sequence[tuple[int, ...]]], group: dist.ProcessGroup
+) -> list[list[Tensor]]:
+    """Sends pieces of several matrices between all ranks in one all-to-all.
+
+    Args:
+        outgoing: per matrix, what goes to each rank. All of one dtype and device.
+        incoming_shapes: per matrix, the shape of what comes from each rank.
+
+    Returns:
+        Per matrix, what came from each rank.
+    """
+    world_size = dist.get_world_size(group)
+    sent_by_rank = [[pieces[rank].reshape(-1) for pieces in outgoing] for rank in range(world_size)]
+    sent = torch.cat([piece for pieces in sent_by_rank for piece in pieces])
+    sizes = [[math.prod(shapes[rank]) for shapes in incoming_shapes] for rank in range(world_size)]
+    received = sent.new_empty(sum(map(sum, sizes)))
+    dist.all_to_all_single(
+        received,
+        sent,
+        output_split_sizes=list(map(sum, sizes)),
+        input_split_sizes=[sum(piece.numel() for piece in pieces) for pieces in sent_by_rank],
+        group=group,
+    )
+    pieces = iter(torch.split(received, [size for by_matrix in sizes for size in by_matrix]))
+    arrived: list[list[Tensor]] = [[] for _ in outgoing]
+    for rank in range(world_size):
+        for matrix, shapes in enumerate(incoming_shapes):
+            arrived[matrix].append(next(pieces).view(shapes[rank]))
+    return arrived

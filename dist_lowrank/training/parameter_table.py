@@ -9,7 +9,7 @@ from dist_lowrank.config import ConfigError
 from dist_lowrank.config.schema import AdamWConfig, RunConfig
 from dist_lowrank.dictionaries import check_dictionary
 from dist_lowrank.optim.dense import arithmetic_dtype
-from dist_lowrank.sharding.layouts import LayoutError, TallForm
+from dist_lowrank.sharding.layouts import TallForm
 from dist_lowrank.strategies import shard_count, shard_dimension
 from dist_lowrank.training.model import build_model, low_rank_forms, route
 from dist_lowrank.training.optimizers import make_optimizer
@@ -34,7 +34,7 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
 
     Raises:
         ConfigError: what would keep the run from starting: a model that cannot be built, a pattern that matches
-            nothing, a matrix that the strategy cannot shard along its rows, a dictionary without the size.
+            nothing, a dictionary without the size.
     """
     model = build_model(config, meta=True)
     groups = route(model, config.model)
@@ -77,10 +77,7 @@ def _checked_dimension(form: TallForm, shards: int, name: str, config: RunConfig
         check_dictionary(config.optimizer.dictionary, form.n)
     except ValueError as error:
         raise ConfigError(f"optimizer.{error} (parameter {name!r} of shape {form.shape})") from error
-    try:
-        return shard_dimension(form, shards, name) if shards > 1 else form.rows_axis
-    except LayoutError as error:
-        raise ConfigError(f"strategy.name: {config.strategy.name!r} is not allowed here; {error}") from error
+    return shard_dimension(form, shards) if shards > 1 else form.rows_axis
 
 
 def _placement(config: RunConfig, dimension: int) -> str:

@@ -1,0 +1,292 @@
+"""Layouts whose rows are not whole on a rank: what has to be exchanged so that they are, and how results go back.
+
+- `ColumnBlock`: a DTensor sharded along the compressed axis. Each rank takes a block of the rows; an all-to-all turns
+  column blocks into row blocks. Back go the coefficients (L x r, gathered), or the updated rows, whichever is less.
+- `FlatRows`: a contiguous run of the elements of a row-major matrix, cut anywhere (ZeRO, FSDP1), whose rows are the
+  rows of the tall form. Whole rows are at hand; a row torn by a cut is completed on each of its holders, which all
+  compute its update and keep their own fragment, so nothing goes back. It counts in sums at the holder of its first
+  element alone.
+- `FlatColumns`: the same run where the rows of the tall form are the matrix's columns. Each rank takes a block of
+  columns; fragments go to them and updates come back.
+
+All of it is arithmetic on who holds what, which every rank knows; `dist_lowrank.sharding.rounds` moves the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from dist_lowrank.sharding.layouts import Layout, TallForm, chunk_range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnBlock(Layout):
+    """All rows of the tall form, and of each a block of its columns."""
+
+    rank: int
+    world_size: int
+
+    @property
+    def exchanges(self) -> bool:
+        return self.world_size > 1
+
+    @property
+    def delivery(self) -> str:
+        return "coefficients" if self.form.rank * self.world_size <= self.form.n else "rows"
+
+    @property
+    def columns(self) -> slice:
+        return slice(*chunk_range(self.form.n, self.world_size, self.rank))
+
+    def outgoing(self, gradient: Tensor) -> list[Tensor]:
+        tall = self.form.view(gradient)  # (L, n_k)
+        return [tall[slice(*chunk_range(self.form.rows, self.world_size, k))] for k in range(self.world_size)]
+
+    def incoming_shapes(self) -> list[tuple[int, int]]:
+        return [(self.stop - self.start, width) for width in self._widths()]
+
+    def assemble(self, gradient: Tensor, incoming: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(incoming), dim=1)
+
+    def outgoing_update(self, rows: Tensor) -> list[Tensor]:
+        return list(torch.split(rows, self._widths(), dim=1))
+
+    def incoming_update_shapes(self) -> list[tuple[int, int]]:
+        width = self._widths()[self.rank]
+        ranges = (chunk_range(self.form.rows, self.world_size, k) for k in range(self.world_size))
+        return [(stop - start, width) for start, stop in ranges]
+
+    def add_update(self, weight: Tensor, incoming: Sequence[Tensor], *, decay: float, scale: float) -> None:
+        self.form.view(weight).mul_(decay).add_(torch.cat(list(incoming)), alpha=scale)
+
+    def _widths(self) -> list[int]:
+        ranges = (chunk_range(self.form.n, self.world_size, k) for k in range(self.world_size))
+        return [stop - start for start, stop in ranges]
+
+
+@dataclass(frozen=True, slots=True)
+class FlatSlice:
+    """The elements `start` to `stop` of the flattened row-major parameter, as one rank holds them.
+
+    What is said of rows is for matrices, `R x C`.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        elements = math.prod(self.shape)
+        if not 0 <= self.start <= self.stop <= elements:
+            raise ValueError(
+                f"flat slice: {self.start} to {self.stop} is not allowed; allowed: within 0 to {elements}, the "
+                f"elements of a parameter of shape {self.shape}"
+            )
+
+    @property
+    def first_row(self) -> int:
+        return self.start // self.shape[1]
+
+    @property
+    def last_row(self) -> int:
+        """One past the last matrix row that the slice touches; `first_row` if it is empty."""
+        return self.first_row if self.start == self.stop else -(-self.stop // self.shape[1])
+
+    @property
+    def offset(self) -> int:
+        """Of the slice's first element within its rows."""
+        return self.start - self.first_row * self.shape[1]
+
+    def overlap(self, row: int) -> tuple[int, int]:
+        """Columns of a matrix row that the slice holds, as start and stop (equal: none)."""
+        width = self.shape[1]
+        start = max(self.start, row * width) - row * width
+        return start, max(start, min(self.stop, (row + 1) * width) - row * width)
+
+    def torn_rows(self) -> list[int]:
+        """Matrix rows that it holds in part."""
+        rows = dict.fromkeys((self.first_row, self.last_row - 1)) if self.stop > self.start else {}
+        return [row for row in rows if self.overlap(row) != (0, self.shape[1])]
+
+    def padded_rows(self, values: Tensor) -> Tensor:
+        """The slice's values, zeros around them, as (rows touched, C)."""
+        rows, width = self.last_row - self.first_row, self.shape[1]
+        if self.stop - self.start == rows * width:
+            return values.view(rows, width)
+        padded = values.new_zeros(rows * width)
+        padded[self.offset : self.offset + self.stop - self.start] = values
+        return padded.view(rows, width)
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """The slice's elements of the rows that it touches, flat."""
+        return rows.reshape(-1)[self.offset : self.offset + self.stop - self.start]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatRows(Layout):
+    """A flat slice whose matrix rows are the rows of the tall form (the right side)."""
+
+    rank: int
+    slices: tuple[FlatSlice, ...]  # of all ranks of the group
+
+    @property
+    def own(self) -> FlatSlice:
+        return self.slices[self.rank]
+
+    @property
+    def exchanges(self) -> bool:
+        return any(each.torn_rows() for each in self.slices)
+
+    @property
+    def delivery(self) -> str:
+        return "own rows"
+
+    @property
+    def largest_block(self) -> int:
+        return max(each.last_row - each.first_row for each in self.slices)
+
+    @property
+    def owned(self) -> slice:
+        return slice(1 if self.own.offset and self.stop > self.start else 0, None)
+
+    def outgoing(self, gradient: Tensor) -> list[Tensor]:
+        nothing = gradient[:0]
+        return [torch.cat([nothing, *(self._fragment(gradient, row) for row in rows)]) for rows in self._shared_rows()]
+
+    def _fragment(self, values: Tensor, row: int) -> Tensor:
+        start, stop = self.own.overlap(row)
+        first = row * self.form.n + start - self.own.start
+        return values[first : first + stop - start]
+
+    def _shared_rows(self) -> list[list[int]]:
+        """By rank: the torn rows that it holds a part of, as this rank does."""
+        mine = self.own.torn_rows()
+        return [
+            [row for row in mine if k != self.rank and each.overlap(row)[0] < each.overlap(row)[1]]
+            for k, each in enumerate(self.slices)
+        ]
+
+    def incoming_shapes(self) -> list[tuple[int, ...]]:
+        shapes: list[tuple[int, ...]] = []
+        for each, rows in zip(self.slices, self._shared_rows(), strict=True):
+            shapes.append((sum(stop - start for start, stop in map(each.overlap, rows)),))
+        return shapes
+
+    def assemble(self, gradient: Tensor, incoming: Sequence[Tensor]) -> Tensor:
+        rows = self.own.padded_rows(gradient)
+        # `incoming` is empty where no row is torn on any rank.
+        for each, shared, received in zip(self.slices, self._shared_rows(), incoming, strict=bool(incoming)):
+            position = 0
+            for row in shared:
+                start, stop = each.overlap(row)
+                rows[row - self.start, start:stop] = received[position : position + stop - start]
+                position += stop - start
+        return rows
+
+    def add_rows(self, weight: Tensor, rows: Tensor, *, decay: float, scale: float) -> None:
+        weight.mul_(decay).add_(self.own.cut(rows), alpha=scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatColumns(Layout):
+    """A flat slice whose matrix columns are the rows of the tall form (the left side)."""
+
+    rank: int
+    slices: tuple[FlatSlice, ...]
+
+    @property
+    def own(self) -> FlatSlice:
+        return self.slices[self.rank]
+
+    @property
+    def exchanges(self) -> bool:
+        return True
+
+    @property
+    def delivery(self) -> str:
+        return "rows"
+
+    def outgoing(self, gradient: Tensor) -> list[Tensor]:
+        return list(torch.split(self.own.padded_rows(gradient), self._widths(), dim=1))
+
+    def incoming_shapes(self) -> list[tuple[int, int]]:
+        return [(each.last_row - each.first_row, self.stop - self.start) for each in self.slices]
+
+    def assemble(self, gradient: Tensor, incoming: Sequence[Tensor]) -> Tensor:
+        block = gradient.new_zeros(self.form.n, self.stop - self.start)  # (R, columns)
+        for each, received in zip(self.slices, incoming, strict=True):
+            block[each.first_row : each.last_row] += received  # a torn row comes in parts, zero elsewhere
+        return block.t()
+
+    def outgoing_update(self, rows: Tensor) -> list[Tensor]:
+        block = rows.t()  # (R, columns)
+        return [block[each.first_row : each.last_row] for each in self.slices]
+
+    def incoming_update_shapes(self) -> list[tuple[int, int]]:
+        return [(self.own.last_row - self.own.first_row, width) for width in self._widths()]
+
+    def add_update(self, weight: Tensor, incoming: Sequence[Tensor], *, decay: float, scale: float) -> None:
+        weight.mul_(decay).add_(self.own.cut(torch.cat(list(incoming), dim=1)), alpha=scale)
+
+    def _widths(self) -> list[int]:
+        ranges = (chunk_range(self.form.rows, len(self.slices), k) for k in range(len(self.slices)))
+        return [stop - start for start, stop in ranges]
+
+
+def flat_layout(
+    form: TallForm,
+    slices: Sequence[FlatSlice],
+    rank: int,
+    group: dist.ProcessGroup | None,
+) -> FlatRows | FlatColumns:
+    """The layout of a matrix that the ranks of a group hold as consecutive flat slices.
+
+    Args:
+        slices: by rank; together they cover every element exactly once, in order.
+
+    Raises:
+        ValueError: elements are missing or held twice.
+    """
+    position = 0
+    for k, each in enumerate(slices):
+        if each.stop > each.start:
+            if each.start != position:
+                raise ValueError(
+                    f"flat slices of a matrix of shape {form.shape}: rank {k} starts at {each.start}; allowed: "
+                    f"{position}, where the ranks before it end"
+                )
+            position = each.stop
+    if position != form.shape[0] * form.shape[1]:
+        raise ValueError(
+            f"flat slices of a matrix of shape {form.shape} end at {position}; allowed: "
+            f"{form.shape[0] * form.shape[1]}, its last element"
+        )
+    held, ranks = tuple(slices), len(slices)
+    if form.transposed:
+        start, stop = chunk_range(form.rows, ranks, rank)
+        return FlatColumns(form=form, start=start, stop=stop, group=group, rank=rank, slices=held)
+    own = held[rank]
+    return FlatRows(form=form, start=own.first_row, stop=own.last_row, group=group, rank=rank, slices=held)
+
+
+def column_block(form: TallForm, mesh: DeviceMesh, axis: int, placements: tuple[object, ...]) -> ColumnBlock:
+    """The layout of a DTensor that is sharded along the compressed axis on one dimension of its mesh."""
+    rank, ranks = mesh.get_local_rank(axis), mesh.size(axis)
+    start, stop = chunk_range(form.rows, ranks, rank)
+    return ColumnBlock(
+        form=form,
+        start=start,
+        stop=stop,
+        group=mesh.get_group(axis),
+        mesh=mesh,
+        placements=placements,
+        rank=rank,
+        world_size=ranks,
+    )
