@@ -360,6 +360,28 @@ def test_a_process_group_of_one_allows_a_model_of_its_own_on_each_rank() -> None
     assert run_on_ranks(2, _own_group) == [True, True]
 
 
+def _corrupted(rank: int) -> str:
+    model = Model(SHAPES, torch.float32)
+    shard(model, "fsdp_rows", 3, 0.5)
+    updater = DCTAdamW(model.named_parameters(), rank=0.5, refresh_interval=10, verify_every=3)
+    for step in range(1, 4):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        if step == 2 and rank == 1:
+            updater.state[model.get_parameter("odd.weight")]["indices"] += 1
+        if step == 3:
+            with pytest.raises(RuntimeError) as caught:
+                updater.step()
+            return str(caught.value)
+        updater.step()
+    raise AssertionError
+
+
+def test_a_rank_with_other_columns_is_named_with_the_parameter_on_every_rank() -> None:
+    for message in run_on_ranks(3, _corrupted):
+        assert "the columns chosen for 'odd.weight' on rank 1 are not those of rank 0" in message
+
+
 def test_a_failing_rank_fails_the_test() -> None:
     with pytest.raises(RankFailure, match="rank 1"):
         run_on_ranks(2, _fail_on_rank_one)

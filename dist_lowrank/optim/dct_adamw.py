@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from dist_lowrank.optim.dense import DenseOptions
-from dist_lowrank.optim.engine import WORKSPACE_BYTES, LowRankOptimizer
+from dist_lowrank.optim.engine import VERIFY_EVERY, WORKSPACE_BYTES, LowRankOptimizer
 from dist_lowrank.optim.moments import Adam
 from dist_lowrank.optim.options import check_choice
 from dist_lowrank.optim.recipe import Recipe
@@ -55,6 +55,7 @@ class DCTAdamW(LowRankOptimizer):
         process_group: ranks that hold replicas of plain-tensor parameters; default: the default group, if initialised.
             They divide the rows among them. No effect on DTensors.
         workspace_bytes: bound on the transient memory of a step; a single matrix may exceed it.
+        verify_every: steps between comparisons of the chosen columns over ranks (a few bytes each); 0: never.
 
     Raises:
         ValueError: for an option that is not allowed, naming it, its value and what is.
@@ -80,6 +81,7 @@ class DCTAdamW(LowRankOptimizer):
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
         workspace_bytes: int = WORKSPACE_BYTES,
+        verify_every: int = VERIFY_EVERY,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -97,7 +99,13 @@ class DCTAdamW(LowRankOptimizer):
             "moment_dtype": moment_dtype,
             "seed": seed,
         }
-        super().__init__(params, defaults, process_group=process_group, workspace_bytes=workspace_bytes)
+        super().__init__(
+            params,
+            defaults,
+            process_group=process_group,
+            workspace_bytes=workspace_bytes,
+            verify_every=verify_every,
+        )
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         check_choice("error_feedback", group["error_feedback"], tuple(_RESIDUALS))

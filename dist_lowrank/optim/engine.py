@@ -28,10 +28,11 @@ from dist_lowrank.optim.recipe import SCALES, Recipe, Update, low_rank_rule
 from dist_lowrank.optim.state_dict import load_into, validate_state_dict
 from dist_lowrank.sharding.exchanged import FlatSlice
 from dist_lowrank.sharding.layouts import local
-from dist_lowrank.sharding.rounds import Task, run_rounds
+from dist_lowrank.sharding.rounds import Task, ranks_that_differ, run_rounds
 from dist_lowrank.sharding.transport import exchange_updates, fetch_rows, gather_coefficients
 
 WORKSPACE_BYTES = 512 * 2**20
+VERIFY_EVERY = 100  # steps
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -39,6 +40,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     process_group: dist.ProcessGroup | None = None  # here too, for copies, which torch makes without __init__
     workspace_bytes: int = WORKSPACE_BYTES
+    verify_every: int = VERIFY_EVERY
+    _steps: int = 0
     _flat: dict[Tensor, FlatPlace] = {}  # noqa: RUF012 (never written here)
 
     def __init__(
@@ -48,10 +51,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         *,
         process_group: dist.ProcessGroup | None = None,
         workspace_bytes: int = WORKSPACE_BYTES,
+        verify_every: int = VERIFY_EVERY,
     ) -> None:
         check_count("workspace_bytes", workspace_bytes)
+        if verify_every != 0:
+            check_count("verify_every", verify_every)
         self.process_group = process_group
         self.workspace_bytes = workspace_bytes
+        self.verify_every = verify_every
         self._flat: dict[Tensor, FlatPlace] = {}
         self._forget_binding()
         super().__init__(params, {"low_rank": True, **defaults})
@@ -108,7 +115,33 @@ class LowRankOptimizer(torch.optim.Optimizer):
             dense = [parameter for parameter in bound.dense if parameter.grad is not None]
             if dense:
                 dense_step(dense, [self.state[parameter] for parameter in dense], self.dense_options(group))
+        self._steps += 1
+        if self.verify_every and self._steps % self.verify_every == 0:
+            self._verify_indices([matrix for _, bound in groups for matrix in bound.matrices])
         return loss
+
+    def _verify_indices(self, matrices: list[BoundMatrix]) -> None:
+        """Compares the chosen columns over the ranks that share a matrix. Collective.
+
+        Raises:
+            RuntimeError: on every rank, naming the first rank and parameter that differ.
+        """
+        by_group: dict[Any, list[BoundMatrix]] = {}
+        for matrix in matrices:
+            if matrix.layout.group is not None:
+                by_group.setdefault(matrix.layout.group, []).append(matrix)
+        for group, members in by_group.items():
+            differing = ranks_that_differ(
+                torch.stack([_checksum(self.state[matrix.parameter]["indices"]) for matrix in members]), group
+            )
+            if differing:
+                rank, position = differing[0]
+                raise RuntimeError(
+                    f"the columns chosen for {members[position].name!r} on rank {dist.get_global_rank(group, rank)} "
+                    f"are not those of rank {dist.get_global_rank(group, 0)} ({len(differing)} differ in all); state "
+                    "was corrupted, or ranks have seen different sums. Continue from a checkpoint before step "
+                    f"{self._steps - self.verify_every + 1} of this process"
+                )
 
     def _waves(self, jobs: list[tuple[BoundMatrix, Recipe]]) -> Iterator[list[tuple[BoundMatrix, Recipe]]]:
         """Cuts the work so that the transient memory of a wave fits the workspace, at least one matrix each.
@@ -196,7 +229,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Communicates nothing.
 
         Raises:
-            LayoutError: a matrix is sharded along its compressed axis, or over several mesh dimensions.
+            LayoutError: a matrix is sharded over several mesh dimensions, or otherwise than in blocks.
         """
         if self._bound is None:
             bound, position = [], 0
@@ -334,3 +367,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for matrix in bound.matrices
             if matrix.captured_energy is not None
         }
+
+
+def _checksum(indices: Tensor) -> Tensor:
+    """Of ascending indices, (), int64; depends on their order."""
+    return ((indices.long() + 1) * torch.arange(1, indices.numel() + 1, device=indices.device)).sum()

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_lowrank.optim.dense import DenseOptions
-from dist_lowrank.optim.engine import WORKSPACE_BYTES, LowRankOptimizer
+from dist_lowrank.optim.engine import VERIFY_EVERY, WORKSPACE_BYTES, LowRankOptimizer
 from dist_lowrank.optim.moments import NewtonSchulz
 from dist_lowrank.optim.options import check_number
 from dist_lowrank.optim.recipe import Recipe
@@ -31,8 +31,8 @@ class Trion(LowRankOptimizer):
     Args:
         params: tensors, named tensors or groups; every option can differ per group.
         lr, momentum, weight_decay: of matrices. `weight_decay` also holds for the dense path.
-        rank, dictionary, ranking, side, seed, process_group, workspace_bytes: as `DCTAdamW`'s. Columns are chosen at
-            every step.
+        rank, dictionary, ranking, side, seed, process_group, workspace_bytes, verify_every: as `DCTAdamW`'s. Columns
+            are chosen at every step.
         newton_schulz_steps: quintic steps with coefficients (3.4445, -4.7750, 2.0315).
         scale: of the step: `spectral`, max(1, sqrt(R / C)); `match_rms_adamw`, 0.2 sqrt(max(R, C)); `none`, 1.
         dense_lr, dense_betas, dense_eps: of AdamW on the dense path. Schedulers change `lr`; `dense_lr` follows in
@@ -61,6 +61,7 @@ class Trion(LowRankOptimizer):
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
         workspace_bytes: int = WORKSPACE_BYTES,
+        verify_every: int = VERIFY_EVERY,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -77,7 +78,13 @@ class Trion(LowRankOptimizer):
             "dense_eps": dense_eps,
             "seed": seed,
         }
-        super().__init__(params, defaults, process_group=process_group, workspace_bytes=workspace_bytes)
+        super().__init__(
+            params,
+            defaults,
+            process_group=process_group,
+            workspace_bytes=workspace_bytes,
+            verify_every=verify_every,
+        )
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         return Recipe(

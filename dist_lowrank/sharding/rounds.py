@@ -129,3 +129,17 @@ def exchange(
         for matrix, shapes in enumerate(incoming_shapes):
             arrived[matrix].append(next(pieces).view(shapes[rank]))
     return arrived
+
+
+def ranks_that_differ(values: Tensor, group: dist.ProcessGroup) -> list[tuple[int, int]]:
+    """Compares integers that should be equal on all ranks; the same answer on each.
+
+    Args:
+        values: (k,), int64.
+
+    Returns:
+        Pairs (rank within the group, position) that differ from rank 0.
+    """
+    received = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(received, values, group=group)
+    return [(rank, position) for rank, position in (torch.stack(received) != received[0]).nonzero().tolist()]
