@@ -61,8 +61,8 @@ def check_dictionary(name: str, n: int | None = None) -> None:
 
 
 def _dct2(n: int) -> Tensor:
-    table = torch.cos(torch.arange(4 * n, dtype=torch.float64) * (math.pi / (2 * n)))  # (4n,)
-    k = torch.arange(n)
+    table = torch.cos(torch.arange(4 * n, dtype=torch.float64, device="cpu") * (math.pi / (2 * n)))  # (4n,)
+    k = torch.arange(n, device="cpu")
     angles = (2 * k + 1).unsqueeze(1) * k.unsqueeze(0)  # (n, n) int64: j down, k across
     matrix = table[angles.remainder_(4 * n)].mul_(math.sqrt(2 / n))
     matrix[:, 0] = math.sqrt(1 / n)
@@ -74,22 +74,22 @@ def _dct3(n: int) -> Tensor:
 
 
 def _hadamard(n: int) -> Tensor:
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while matrix.shape[0] < n:
         matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
     return matrix / math.sqrt(n)
 
 
 def _random(n: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + n) % 2**63)
-    gaussian = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed((seed * 0x9E3779B97F4A7C15 + n) % 2**63)
+    gaussian = torch.randn(n, n, generator=generator, dtype=torch.float64, device="cpu")
     q, r = torch.linalg.qr(gaussian)
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0)  # the unique factor: positive diagonal of r
     return torch.mul(q, signs)
 
 
 def _identity(n: int) -> Tensor:
-    return torch.eye(n, dtype=torch.float64)
+    return torch.eye(n, dtype=torch.float64, device="cpu")
 
 
 class Dictionary:

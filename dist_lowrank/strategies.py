@@ -6,7 +6,7 @@ shard dimension along which its projection is local (`Placement`).
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -20,18 +20,28 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_lowrank.config.schema import PrecisionConfig, StrategyConfig
-from dist_lowrank.sharding.layouts import TallForm
+from dist_lowrank.sharding.layouts import LayoutError, TallForm
 
 WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 
-def shard_count(strategy: StrategyConfig, world_size: int, ranks_per_node: int | None = None) -> int:
-    """Ranks over which one copy of the model is cut (1 for ddp)."""
+def shard_count(strategy: StrategyConfig, world_size: int) -> int:
+    """Ranks over which one copy of the model is cut: 1 for ddp, by default the ranks of a node for hsdp.
+
+    Raises:
+        LayoutError: the copies would not be of equal size.
+    """
     if strategy.name == "ddp":
         return 1
     if strategy.name == "fsdp":
         return world_size
-    return strategy.shard_size or min(ranks_per_node or world_size, world_size)
+    shards = strategy.shard_size or min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
+    if world_size % shards:
+        raise LayoutError(
+            f"strategy.shard_size: {strategy.shard_size or 'null'} is not allowed, {world_size} processes are no "
+            f"multiple of {shards}; allowed: a divisor of {world_size}"
+        )
+    return shards
 
 
 def shard_dimension(form: TallForm, shards: int) -> int:
@@ -86,11 +96,8 @@ def _mesh(strategy: StrategyConfig, device: torch.device) -> DeviceMesh:
     world_size = dist.get_world_size()
     if strategy.name == "fsdp":
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-    ranks_per_node = torch.cuda.device_count() if device.type == "cuda" else None
-    shards = shard_count(strategy, world_size, ranks_per_node)
-    return init_device_mesh(
-        device.type, (math.ceil(world_size / shards), shards), mesh_dim_names=("replicate", "shard")
-    )
+    shards = shard_count(strategy, world_size)
+    return init_device_mesh(device.type, (world_size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
 def autocast(strategy: StrategyConfig, precision: PrecisionConfig, device: torch.device) -> Any:

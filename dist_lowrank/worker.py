@@ -146,6 +146,8 @@ def _join(config: RunConfig, store: Store) -> torch.device:
     if config.launcher.threads is not None:
         torch.set_num_threads(config.launcher.threads)
     kind, _ = resolve_processes(config)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
     if kind == "cuda":
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():

@@ -1,8 +1,8 @@
 """Binding: what an optimizer learns about its parameters, once, when they are final.
 
 Wrappers such as FSDP2 or accelerate replace parameters after an optimizer was built, so nothing is read from them
-before the first `step`, `state_dict` or `load_state_dict`. Then every rank creates all of its state, so that keys
-agree everywhere.
+before the first `step`, `state_dict` or `load_state_dict`, and again if they are not the same later. Every rank creates
+all of its state at once, so that keys agree everywhere.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.sharding.exchanged import FlatSlice, flat_layout
 from dist_lowrank.sharding.layouts import Layout, local, tall_form
 from dist_lowrank.sharding.reading import read_layout, sharded_axis
+from dist_lowrank.sharding.rounds import ranks_that_differ
 
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 @dataclass(slots=True)
@@ -39,8 +40,15 @@ class BoundMatrix:
 
     def transient_bytes(self) -> int:
         """Memory that one update needs beside its state, on the fullest rank: gradient rows and coordinates."""
-        form = self.layout.form
-        return (2 * form.n + 2 * form.rank) * self.layout.largest_block * self.dtype.itemsize
+        form, block = self.layout.form, self.layout.largest_block
+        elements = (2 * form.n + 2 * form.rank) * block
+        if self.layout.exchanges:
+            elements += 2 * form.n * block  # sent and received
+        if self.layout.delivery == "coefficients":
+            elements += 2 * form.rank * form.rows  # received and put together
+        elif self.layout.delivery != "local":
+            elements += 3 * form.n * block  # lifted, sent and received
+        return elements * self.dtype.itemsize
 
 
 @dataclass(slots=True)
@@ -50,13 +58,14 @@ class BoundGroup:
     matrices: list[BoundMatrix] = field(default_factory=list)
     dense: list[Tensor] = field(default_factory=list)
     fresh_replicas: list[tuple[str, Tensor]] = field(default_factory=list)  # plain, by name, not bound before
+    structure: tuple[Any, ...] = ()  # the options that fix the shapes and the meaning of state
 
 
 def canonical_name(name: str) -> str:
     """The name of a parameter without the prefixes that wrappers add."""
     for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "") if prefix.startswith("_") else name.removeprefix(prefix)
-    return name
+        name = name.replace(prefix, "")
+    return name.removeprefix("module.")  # DDP's, also under torch.compile
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +84,15 @@ def matrix_shape(parameter: Tensor, group: Mapping[str, Any], flat: FlatPlace | 
     return None
 
 
+def is_trained(parameter: Tensor) -> bool:
+    """Whether a parameter needs state. Frozen ones do not, unless somebody gives them gradients by hand."""
+    return parameter.requires_grad or parameter.grad is not None
+
+
+def structure_of(recipe: Recipe) -> tuple[Any, ...]:
+    return recipe.rank, recipe.side, recipe.dictionary
+
+
 def bind_group(
     group: Mapping[str, Any],
     first_position: int,
@@ -91,20 +109,22 @@ def bind_group(
         replica_mesh: gives the mesh of the ranks that hold copies of plain tensors on a device.
         flat_places: of the parameters that are flat slices.
     """
-    bound = BoundGroup()
+    bound = BoundGroup(structure=structure_of(recipe))
     parameters = group["params"]
     names = group.get("param_names") or [f"parameter_{first_position + index}" for index in range(len(parameters))]
     for name, parameter in zip(map(canonical_name, names), parameters, strict=True):
         if parameter.is_complex():
             raise ValueError(f"parameter {name!r} is complex, {parameter.dtype}; allowed: real floating-point dtypes")
+        if not is_trained(parameter):
+            continue
         flat = flat_places.get(parameter)
         plain = flat is None and not isinstance(parameter, DTensor)
-        if plain and parameter not in state:
+        if plain and not state.get(parameter):
             bound.fresh_replicas.append((name, parameter))
         shape = matrix_shape(parameter, group, flat)
         if shape is None:
             bound.dense.append(parameter)
-            if parameter not in state:
+            if not state.get(parameter):
                 state[parameter] = dense_state(parameter)
             continue
         form = tall_form(shape, recipe.side, recipe.rank, sharded_axis(parameter))
@@ -119,14 +139,14 @@ def bind_group(
             layout = read_layout(parameter, form, replica_mesh(parameter.device) if plain else None, name)
         matrix = BoundMatrix(name, parameter, layout, arithmetic_dtype(parameter))
         bound.matrices.append(matrix)
-        if parameter not in state:
+        if not state.get(parameter):
             state[parameter] = _matrix_state(matrix, recipe)
     return bound
 
 
 def _matrix_state(matrix: BoundMatrix, recipe: Recipe) -> dict[str, Tensor]:
     device = local(matrix.parameter).device
-    tensors: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.float32)}
+    tensors: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     for key, spec in recipe.state(matrix.layout.form, matrix.dtype).items():
         if spec.sharded:
             tensors[key] = matrix.layout.sharded_state(spec.columns, spec.dtype, device)
@@ -136,7 +156,7 @@ def _matrix_state(matrix: BoundMatrix, recipe: Recipe) -> dict[str, Tensor]:
 
 
 def check_replicas(parameters: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup) -> None:
-    """Refuses plain parameters that are not bitwise equal on all ranks of the group. Collective.
+    """Refuses plain parameters whose bits do not add up alike on all ranks of the group. Collective.
 
     Raises:
         ValueError: on every rank, naming the first parameter that differs.
@@ -170,3 +190,33 @@ def _checksum(parameter: Tensor) -> Tensor:
     integer = {1: torch.uint8, 2: torch.int16}.get(data.element_size(), torch.int32)
     shape = sum((size + 1) * 1_000_003**axis for axis, size in enumerate(parameter.shape)) % 2**31
     return data.flatten().view(integer).sum(dtype=torch.int64).add_(shape)
+
+
+def check_loaded_shards(matrices: Sequence[BoundMatrix], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+    """Refuses shards of state that one rank saved and several loaded. Collective.
+
+    A state dict that rank 0 pickled has rank 0's rows in its DTensors, and they fit everywhere if rows divide evenly.
+    Ranks whose rows are the same in every matrix, to the bit, have loaded such a file.
+
+    Raises:
+        RuntimeError: on every rank.
+    """
+    by_group: dict[Any, list[Tensor]] = {}
+    for matrix in matrices:
+        if matrix.layout.group is not None and matrix.layout.mesh is not None:
+            sums = [_checksum(local(t)) for t in state[matrix.parameter].values() if isinstance(t, DTensor)]
+            by_group.setdefault(matrix.layout.group, []).extend(sums)
+    for group, members in by_group.items():
+        if not members:
+            continue
+        own = torch.stack(members)
+        differing = {rank for rank, _ in ranks_that_differ(own, group)}
+        same = [rank for rank in range(1, dist.get_world_size(group)) if rank not in differing]
+        nonzero = any(bool(local(t).any()) for m in matrices for t in state[m.parameter].values() if local(t).ndim == 2)
+        votes = torch.tensor([int(nonzero)], device=own.device)
+        dist.all_reduce(votes, group=group)
+        if same and int(votes) == dist.get_world_size(group):
+            raise RuntimeError(
+                f"ranks {[0, *same]} have loaded the same rows of the optimizer's state: one rank saved it, and it is "
+                "that rank's part. Save `full_state_dict(optimizer)`, or through torch.distributed.checkpoint"
+            )

@@ -11,7 +11,7 @@ from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import VERIFY_EVERY, WORKSPACE_BYTES, LowRankOptimizer
 from dist_lowrank.optim.moments import Adam
 from dist_lowrank.optim.options import check_choice
-from dist_lowrank.optim.recipe import Recipe
+from dist_lowrank.optim.recipe import Recipe, column_options
 from dist_lowrank.optim.residuals import Accumulate, Drop, Residual
 
 _RESIDUALS: dict[str, Residual] = {
@@ -110,13 +110,7 @@ class DCTAdamW(LowRankOptimizer):
     def recipe(self, group: dict[str, Any]) -> Recipe:
         check_choice("error_feedback", group["error_feedback"], tuple(_RESIDUALS))
         return Recipe(
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            rank=group["rank"],
-            side=group["side"],
-            dictionary=group["dictionary"],
-            ranking=group["ranking"],
-            seed=group["seed"],
+            **column_options(group),
             refresh_interval=group["refresh_interval"],
             moments=Adam(group["betas"], group["eps"], group["column_bias_correction"], group["moment_dtype"]),
             residual=_RESIDUALS[group["error_feedback"]],

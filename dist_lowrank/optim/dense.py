@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from dist_lowrank.optim.options import check_betas, check_number
@@ -24,7 +25,6 @@ class DenseOptions:
     prefix: str = ""  # of the options' names in errors
 
     def __post_init__(self) -> None:
-        check_number(f"{self.prefix}lr", self.lr)
         check_betas(f"{self.prefix}betas", self.betas)
         check_number(f"{self.prefix}eps", self.eps)
         check_number("weight_decay", self.weight_decay)
@@ -33,6 +33,19 @@ class DenseOptions:
 def arithmetic_dtype(parameter: Tensor) -> torch.dtype:
     """float64 for float64 parameters, float32 for all others."""
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def local_gradient(parameter: Tensor) -> Tensor:
+    """The local part of a gradient, placed as its parameter is.
+
+    A DTensor gradient can be placed otherwise, such as a sum over ranks that is still to be made; then this is
+    collective.
+    """
+    gradient = parameter.grad
+    assert gradient is not None
+    if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+        gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+    return local(gradient)
 
 
 def dense_state(parameter: Tensor) -> dict[str, Tensor]:
@@ -47,6 +60,23 @@ def dense_state(parameter: Tensor) -> dict[str, Tensor]:
     }
 
 
+def dense_waves(parameters: Sequence[Tensor], workspace_bytes: int) -> Iterator[list[Tensor]]:
+    """Cuts parameters so that the copies that those of low precision need fit the workspace, at least one each."""
+    wave: list[Tensor] = []
+    used_bytes = 0
+    for parameter in parameters:
+        needed_bytes = 0
+        if parameter.dtype != arithmetic_dtype(parameter):
+            needed_bytes = 2 * local(parameter).numel() * arithmetic_dtype(parameter).itemsize
+        if wave and used_bytes + needed_bytes > workspace_bytes:
+            yield wave
+            wave, used_bytes = [], 0
+        wave.append(parameter)
+        used_bytes += needed_bytes
+    if wave:
+        yield wave
+
+
 def dense_step(parameters: Sequence[Tensor], states: Sequence[dict[str, Tensor]], options: DenseOptions) -> None:
     """One step of AdamW (arXiv 1711.05101) for parameters of one group that have gradients.
 
@@ -55,7 +85,7 @@ def dense_step(parameters: Sequence[Tensor], states: Sequence[dict[str, Tensor]]
     weights = [local(parameter.detach()) for parameter in parameters]
     # The fused kernel walks memory without regard to strides: it gets contiguous tensors, the weight itself if it can.
     wide = [weight.to(arithmetic_dtype(weight)).contiguous() for weight in weights]
-    gradients = [local(p.grad).to(w.dtype).contiguous() for p, w in zip(parameters, wide, strict=True)]  # type: ignore[arg-type]
+    gradients = [local_gradient(p).to(w.dtype).contiguous() for p, w in zip(parameters, wide, strict=True)]
     adamw(
         wide,
         gradients,

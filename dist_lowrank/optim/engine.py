@@ -1,10 +1,6 @@
 """The engine: one `step()` for every recipe and every layout.
 
-    for each wave of matrices that fits the workspace:
-        fetch rows                     where a rank does not hold them whole: one all-to-all
-        run the rules in lockstep      one all-reduce per round for the whole wave
-        deliver                        where rows were divided: coefficients, L x r, or rows
-        apply                          W <- (1 - lr wd) W - lr scale direction D[:, I]^T
+    for each wave of matrices that fits the workspace: update (see `dist_lowrank.optim.wave`)
     dense parameters: AdamW
 
 An optimizer is a subclass that says which recipe a parameter group follows.
@@ -12,24 +8,34 @@ An optimizer is a subclass that says which recipe a parameter group follows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from dist_lowrank.dictionaries import Dictionary, DictionaryCache
-from dist_lowrank.optim.binding import BoundGroup, BoundMatrix, FlatPlace, bind_group, check_replicas
-from dist_lowrank.optim.dense import DenseOptions, dense_step
-from dist_lowrank.optim.options import check_count
-from dist_lowrank.optim.recipe import SCALES, Recipe, Update, low_rank_rule
+from dist_lowrank.dictionaries import DictionaryCache
+from dist_lowrank.optim.binding import (
+    BoundGroup,
+    FlatPlace,
+    bind_group,
+    check_loaded_shards,
+    check_replicas,
+    is_trained,
+    structure_of,
+)
+from dist_lowrank.optim.dense import DenseOptions, dense_step, dense_waves
+from dist_lowrank.optim.options import check_count, check_number
+from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.state_dict import load_into, validate_state_dict
+from dist_lowrank.optim.wave import cut_waves, update_wave, verify_columns
 from dist_lowrank.sharding.exchanged import FlatSlice
 from dist_lowrank.sharding.layouts import local
-from dist_lowrank.sharding.rounds import Task, ranks_that_differ, run_rounds
-from dist_lowrank.sharding.transport import exchange_updates, fetch_rows, gather_coefficients
 
 WORKSPACE_BYTES = 512 * 2**20
 VERIFY_EVERY = 100  # steps
@@ -37,12 +43,6 @@ VERIFY_EVERY = 100  # steps
 
 class LowRankOptimizer(torch.optim.Optimizer):
     """Base of all optimizers here; subclasses define `recipe` and `dense_options`."""
-
-    process_group: dist.ProcessGroup | None = None  # here too, for copies, which torch makes without __init__
-    workspace_bytes: int = WORKSPACE_BYTES
-    verify_every: int = VERIFY_EVERY
-    _steps: int = 0
-    _flat: dict[Tensor, FlatPlace] = {}  # noqa: RUF012 (never written here)
 
     def __init__(
         self,
@@ -56,21 +56,38 @@ class LowRankOptimizer(torch.optim.Optimizer):
         check_count("workspace_bytes", workspace_bytes)
         if verify_every != 0:
             check_count("verify_every", verify_every)
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise ValueError("process_group: this rank is not in it; allowed: a group that this rank is a member of")
         self.process_group = process_group
         self.workspace_bytes = workspace_bytes
         self.verify_every = verify_every
+        self._steps = 0  # of this object; state counts its own
         self._flat: dict[Tensor, FlatPlace] = {}
         self._forget_binding()
         super().__init__(params, {"low_rank": True, **defaults})
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("process_group", "workspace_bytes", "verify_every", "_steps", "_flat")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget_binding()
         self._state = state.pop("state", {})
         super().__setstate__(state)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LowRankOptimizer:
+        for group in (self.process_group, *(place.group for place in self._flat.values())):
+            memo[id(group)] = group  # process groups cannot be copied, and need not be
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
     def _forget_binding(self) -> None:
         self._bound: list[BoundGroup] | None = None
+        self._bound_parameters: list[tuple[int, bool]] = []
         self._unchecked: list[tuple[str, Tensor]] = []  # replicated parameters not yet compared between ranks
+        self._shards_loaded = False  # and not yet compared between ranks
         self._dictionaries = DictionaryCache()
         self._replicas: dict[str, DeviceMesh | None] = {}
 
@@ -94,153 +111,76 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
         Raises:
             LayoutError: a matrix is sharded in a way that cannot be updated exactly.
-            ValueError: replicas of plain parameters differ (checked at the first step).
+            ValueError: replicas of plain parameters differ (checked at the first step), or an option that fixes the
+                shapes of state was changed.
+            RuntimeError: ranks have chosen different columns, or hold the shards of another rank.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         groups = list(zip(self.param_groups, self.bind(), strict=True))
-        self._check_replicas()
-        for group in self.param_groups:
-            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-        jobs: list[tuple[BoundMatrix, Recipe]] = []
+        self._check_before_step()
+        state = self._state
+        jobs, device_types = [], set()
         for group, bound in groups:
             recipe = self.recipe(group)
+            if structure_of(recipe) != bound.structure:
+                raise ValueError(
+                    f"rank, side, dictionary: {structure_of(recipe)} is not allowed after state was made with "
+                    f"{bound.structure}; allowed: the same"
+                )
             jobs += [(matrix, recipe) for matrix in bound.matrices if matrix.parameter.grad is not None]
-        for wave in self._waves(jobs):
-            self._update(wave)
+            device_types |= {parameter.device.type for parameter in group["params"]}
+        with _no_autocast(device_types):
+            for wave in cut_waves(jobs, self.workspace_bytes):
+                update_wave(wave, state, self._dictionaries)
         for group, bound in groups:
             dense = [parameter for parameter in bound.dense if parameter.grad is not None]
-            if dense:
-                dense_step(dense, [self.state[parameter] for parameter in dense], self.dense_options(group))
+            for parameters in dense_waves(dense, self.workspace_bytes):
+                dense_step(parameters, [state[parameter] for parameter in parameters], self.dense_options(group))
         self._steps += 1
         if self.verify_every and self._steps % self.verify_every == 0:
-            self._verify_indices([matrix for _, bound in groups for matrix in bound.matrices])
+            verify_columns([matrix for _, bound in groups for matrix in bound.matrices], state)
         return loss
 
-    def _verify_indices(self, matrices: list[BoundMatrix]) -> None:
-        """Compares the chosen columns over the ranks that share a matrix. Collective.
-
-        Raises:
-            RuntimeError: on every rank, naming the first rank and parameter that differ.
-        """
-        by_group: dict[Any, list[BoundMatrix]] = {}
-        for matrix in matrices:
-            if matrix.layout.group is not None:
-                by_group.setdefault(matrix.layout.group, []).append(matrix)
-        for group, members in by_group.items():
-            differing = ranks_that_differ(
-                torch.stack([_checksum(self.state[matrix.parameter]["indices"]) for matrix in members]), group
-            )
-            if differing:
-                rank, position = differing[0]
-                raise RuntimeError(
-                    f"the columns chosen for {members[position].name!r} on rank {dist.get_global_rank(group, rank)} "
-                    f"are not those of rank {dist.get_global_rank(group, 0)} ({len(differing)} differ in all); state "
-                    "was corrupted, or ranks have seen different sums. Continue from a checkpoint before step "
-                    f"{self._steps - self.verify_every + 1} of this process"
-                )
-
-    def _waves(self, jobs: list[tuple[BoundMatrix, Recipe]]) -> Iterator[list[tuple[BoundMatrix, Recipe]]]:
-        """Cuts the work so that the transient memory of a wave fits the workspace, at least one matrix each.
-
-        Decided from global shapes alone, so all ranks cut alike.
-        """
-        wave: list[tuple[BoundMatrix, Recipe]] = []
-        used_bytes = 0
-        for matrix, recipe in jobs:
-            needed_bytes = matrix.transient_bytes()
-            if wave and used_bytes + needed_bytes > self.workspace_bytes:
-                yield wave
-                wave, used_bytes = [], 0
-            wave.append((matrix, recipe))
-            used_bytes += needed_bytes
-        if wave:
-            yield wave
-
-    def _update(self, wave: list[tuple[BoundMatrix, Recipe]]) -> None:
-        layouts = [matrix.layout for matrix, _ in wave]
-        gradients = [local(matrix.parameter.grad) for matrix, _ in wave]  # type: ignore[arg-type]
-        rows = fetch_rows(layouts, gradients, [matrix.dtype for matrix, _ in wave])
-        tasks = []
-        for (matrix, recipe), own_rows in zip(wave, rows, strict=True):
-            state = {key: local(tensor) for key, tensor in self.state[matrix.parameter].items()}
-            step = int(state["step"].add_(1))
-            layout, dictionary = matrix.layout, self._dictionary(matrix, recipe)
-            rule = low_rank_rule(own_rows, state, step, recipe, layout.form, dictionary, layout.owned)
-            tasks.append(Task(rule, layout.group))
-        updates = run_rounds(tasks)
-        directions = gather_coefficients(layouts, [update.direction for update in updates])
-        lifted = [
-            self._lift(matrix, recipe, update) if matrix.layout.delivery in ("rows", "own rows") else update.direction
-            for (matrix, recipe), update in zip(wave, updates, strict=True)
-        ]
-        arrived = exchange_updates(layouts, lifted)
-        for index, (matrix, recipe) in enumerate(wave):
-            scores, indices = updates[index].scores, updates[index].indices
-            if scores is not None:
-                matrix.captured_energy = scores[indices].sum() / scores.sum().clamp(min=1e-38)
-            self._apply(matrix, recipe, directions[index], indices, lifted[index], arrived[index])
-
-    def _lift(self, matrix: BoundMatrix, recipe: Recipe, update: Update) -> Tensor:
-        rows = update.direction.new_zeros(len(update.direction), matrix.layout.form.n)
-        self._dictionary(matrix, recipe).add_lifted(rows, update.direction, update.indices, decay=1.0, scale=1.0)
-        return rows
-
-    def _apply(
-        self,
-        matrix: BoundMatrix,
-        recipe: Recipe,
-        direction: Tensor,
-        indices: Tensor,
-        lifted: Tensor,
-        arrived: list[Tensor],
-    ) -> None:
-        """`W <- (1 - lr wd) W - lr scale update` on the local tensor, from whichever form of the update is here."""
-        layout, weight = matrix.layout, local(matrix.parameter.detach())
-        target = weight.to(matrix.dtype)  # the weight itself unless it is of lower precision
-        decay = 1 - float(recipe.lr) * recipe.weight_decay
-        scale = -float(recipe.lr) * SCALES[recipe.scale](*layout.form.shape)
-        if layout.delivery == "rows":
-            layout.add_update(target, arrived, decay=decay, scale=scale)
-        elif layout.delivery == "own rows":
-            layout.add_rows(target, lifted, decay=decay, scale=scale)
-        else:
-            self._dictionary(matrix, recipe).add_lifted(
-                layout.form.view(target), direction, indices, decay=decay, scale=scale, columns=layout.columns
-            )
-        if target is not weight:
-            weight.copy_(target)
-
-    def _dictionary(self, matrix: BoundMatrix, recipe: Recipe) -> Dictionary:
-        device = local(matrix.parameter).device
-        return self._dictionaries.get(
-            recipe.dictionary, matrix.layout.form.n, dtype=matrix.dtype, device=device, seed=recipe.seed
-        )
+    def _check_before_step(self) -> None:
+        """What can only be told by comparing ranks, once after binding and after loading."""
+        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        unchecked, self._unchecked = self._unchecked, []
+        if unchecked:
+            replicas = self._replica_mesh(unchecked[0][1].device)
+            if replicas is not None and replicas.size() > 1:
+                check_replicas(unchecked, replicas.get_group())
+        if self._shards_loaded:
+            self._shards_loaded = False
+            check_loaded_shards([matrix for bound in self.bind() for matrix in bound.matrices], self._state)
 
     # Binding and state --------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def bind(self) -> list[BoundGroup]:
-        """Reads the layout of every parameter and creates all missing state, once; `step` and the rest call it.
+        """Reads the layout of every parameter and creates all missing state; `step` and the rest call it.
 
-        Communicates nothing.
+        Does nothing while parameters and state are those that it knows. Communicates nothing.
 
         Raises:
             LayoutError: a matrix is sharded over several mesh dimensions, or otherwise than in blocks.
         """
-        if self._bound is None:
-            bound, position = [], 0
+        parameters = [(p, is_trained(p)) for group in self.param_groups for p in group["params"]]
+        seen = [(id(parameter), trained) for parameter, trained in parameters]
+        complete = all(self._state.get(parameter) for parameter, trained in parameters if trained)
+        if self._bound is not None and complete and seen == self._bound_parameters:
+            return self._bound
+        bound, position = [], 0
+        with torch.inference_mode(False), torch.no_grad():
             for group in self.param_groups:
-                bound.append(
-                    bind_group(group, position, self.recipe(group), self._state, self._replica_mesh, self._flat)
-                )
+                recipe = self.recipe(group)
+                bound.append(bind_group(group, position, recipe, self._state, self._replica_mesh, self._flat))
                 position += len(group["params"])
-            self._bound = bound
-            self._unchecked += [fresh for group in bound for fresh in group.fresh_replicas]
-        return self._bound
+        self._bound, self._bound_parameters = bound, seen
+        self._unchecked += [fresh for group in bound for fresh in group.fresh_replicas]
+        return bound
 
     @property
     def state(self) -> Any:
@@ -254,14 +194,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
     @state.setter
     def state(self, value: Any) -> None:
         self._state = value
-
-    def _check_replicas(self) -> None:
-        """Compares parameters that were bound since the last step; collective over their replicas."""
-        unchecked, self._unchecked = self._unchecked, []
-        if unchecked:
-            replicas = self._replica_mesh(unchecked[0][1].device)
-            if replicas is not None and replicas.size() > 1:
-                check_replicas(unchecked, replicas.get_group())
 
     def declare_flat_slices(self, slices: Mapping[Tensor, Sequence[FlatSlice]], group: dist.ProcessGroup) -> None:
         """Says which 1-D parameters are flat slices of larger ones, cut anywhere, as ZeRO and FSDP1 make them.
@@ -295,16 +227,31 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            self.recipe(self.param_groups[-1])
-            self.dense_options(self.param_groups[-1])
+            self._check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()  # a refused group leaves the optimizer as it was
             raise
-        self._bound = None
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for rate in ("lr", "dense_lr"):  # only here: schedulers may do with them what they like
+            if rate in group:
+                check_number(rate, group[rate])
+        self.recipe(group)
+        self.dense_options(group)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; tensors only. Sharded state is in DTensors (`full_state_dict` gathers them)."""
+        """As torch's; tensors only. Sharded state is in DTensors, of which each rank saves its part.
+
+        What one rank saves of DTensors is that rank's alone; `full_state_dict` gathers.
+        """
+        self._drop_orphans()
         return super().state_dict()
+
+    def _drop_orphans(self) -> None:
+        """Forgets the state of parameters that were replaced."""
+        known = {parameter for group in self.param_groups for parameter in group["params"]}
+        for parameter in [each for each in self.state if each not in known]:
+            del self._state[parameter]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps its dtypes (torch casts integers too to the parameter's dtype).
@@ -315,17 +262,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: state that this optimizer cannot follow, naming the parameter.
         """
-        kept, unchecked = self.state, self._unchecked
-        saved: dict[int, dict[str, Any]] = {}
+        self._drop_orphans()
+        kept, unchecked = self._state, self._unchecked
+        saved: list[dict[str, Any]] = []
 
         def set_state_aside(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
             validate_state_dict(self.param_groups, kept, incoming)
-            saved.update(incoming["state"])
+            for group, saved_group in zip(self.param_groups, incoming["param_groups"], strict=False):
+                self._check_group({**group, **saved_group})
+            saved.extend(incoming["state"].get(i, {}) for group in incoming["param_groups"] for i in group["params"])
             return {**incoming, "state": {}}
 
         def put_state_back(_: Any) -> None:
             self._state, self._unchecked = kept, unchecked
             load_into([p for group in self.param_groups for p in group["params"]], kept, saved)
+            self._shards_loaded = any(isinstance(value, DTensor) for state in saved for value in state.values())
 
         # torch casts state while loading, so it gets none: last before it, first after it.
         handles = [
@@ -347,19 +298,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
             recipe = self.recipe(group)
             for matrix in bound.matrices:
                 specs = recipe.state(matrix.layout.form, matrix.dtype)
-                for key, tensor in self.state[matrix.parameter].items():
+                for key, tensor in self._state[matrix.parameter].items():
                     cause = specs[key].cause if key in specs else "other_state"
                     totals[cause] += local(tensor).untyped_storage().nbytes()
             for parameter in bound.dense:
-                for key, tensor in self.state[parameter].items():
+                for key, tensor in self._state[parameter].items():
                     cause = "other_state" if key == "step" else "dense_moments"
                     totals[cause] += local(tensor).untyped_storage().nbytes()
         return {**totals, "dictionary": self._dictionaries.storage_bytes}
 
     def captured_energy(self) -> dict[str, float]:
-        """By parameter name: the share of the gradient's score that the columns chosen last hold.
+        """By parameter name: the share of the score that the columns chosen last hold, at the last refresh.
 
-        With `ranking="l2"` this is the share of `||A||_F^2`, at least r / n. Empty before the first step.
+        The score is of what was projected: the gradient, with what error feedback or momentum added to it. With
+        `ranking="l2"` it is the energy, and the share is at least r / n. NaN where there was nothing to project.
         """
         return {
             matrix.name: float(matrix.captured_energy)
@@ -369,6 +321,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         }
 
 
-def _checksum(indices: Tensor) -> Tensor:
-    """Of ascending indices, (), int64; depends on their order."""
-    return ((indices.long() + 1) * torch.arange(1, indices.numel() + 1, device=indices.device)).sum()
+@contextmanager
+def _no_autocast(device_types: Iterable[str]) -> Iterator[None]:
+    """The update's arithmetic is its own affair, also when `step` is called inside autocast."""
+    with ExitStack() as stack:
+        for device_type in device_types:
+            if device_type in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield

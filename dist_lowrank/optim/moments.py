@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_lowrank.optim.options import check_betas, check_choice, check_count, check_number
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.sharding.layouts import TallForm
-from dist_lowrank.sharding.rounds import Rule
+from dist_lowrank.sharding.rule import Rule
 
 
 class Moments(Protocol):

@@ -16,16 +16,15 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
         raise refuse(name, value, ", ".join(str(choice) for choice in allowed))
 
 
-def check_number(name: str, value: Any, *, positive: bool = False, below: float = math.inf) -> None:
-    """A finite number >= 0 (`positive`: > 0) and < `below`. One-element tensors count as numbers."""
-    lower = "> 0" if positive else ">= 0"
+def check_number(name: str, value: Any, *, below: float = math.inf) -> None:
+    """A finite number >= 0 and < `below`. One-element tensors count as numbers."""
     upper = "" if below == math.inf else f" and < {below:g}"
     try:
         number = math.nan if isinstance(value, (str, bool)) else float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not (math.isfinite(number) and number < below and (number > 0 if positive else number >= 0)):
-        raise refuse(name, value, f"a number {lower}{upper}")
+    if not (math.isfinite(number) and 0 <= number < below):
+        raise refuse(name, value, f"a number >= 0{upper}")
 
 
 def check_betas(name: str, value: Any) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from dist_lowrank.optim.residuals import Residual
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.optim.transitions import TRANSITIONS, change_columns
 from dist_lowrank.sharding.layouts import SIDES, TallForm
-from dist_lowrank.sharding.rounds import Rule
+from dist_lowrank.sharding.rule import Rule
 from dist_lowrank.subspaces import RANKINGS, column_scores, index_dtype, top_columns
 
 # Step size of a matrix relative to the learning rate, from its global shape (R, C).
@@ -53,7 +54,6 @@ class Recipe:
     scale: str = "none"
 
     def __post_init__(self) -> None:
-        check_number("lr", self.lr)
         check_number("weight_decay", self.weight_decay)
         check_rank(self.rank)
         check_choice("side", self.side, SIDES)
@@ -72,6 +72,11 @@ class Recipe:
             **self.moments.state(form, dtype),
             **self.residual.state(form, dtype),
         }
+
+
+def column_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a parameter group that every recipe on dictionary columns has."""
+    return {key: group[key] for key in ("lr", "weight_decay", "rank", "side", "dictionary", "ranking", "seed")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ def validate_state_dict(
                 )
         names = group.get("param_names") or [f"number {index}" for index in saved_group["params"]]
         for name, parameter, index in zip(names, group["params"], saved_group["params"], strict=True):
-            _validate_parameter(name, state[parameter], incoming["state"].get(index, {}))
+            if state.get(parameter):  # frozen parameters have none
+                _validate_parameter(name, state[parameter], incoming["state"].get(index, {}))
 
 
 def _validate_parameter(name: str, kept: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -48,7 +49,9 @@ def _validate_parameter(name: str, kept: Mapping[str, Any], saved: Mapping[str, 
                 f"parameter {name!r}: the saved {key!r} has shape {shape}, this optimizer needs {tuple(tensor.shape)}"
             )
         if isinstance(found, DTensor) and (
-            not isinstance(tensor, DTensor) or local(found).shape != local(tensor).shape
+            not isinstance(tensor, DTensor)
+            or found.placements != tensor.placements
+            or local(found).shape != local(tensor).shape
         ):
             raise ValueError(
                 f"parameter {name!r}: the saved {key!r} is sharded otherwise than this optimizer's; save with "
@@ -58,11 +61,11 @@ def _validate_parameter(name: str, kept: Mapping[str, Any], saved: Mapping[str, 
 
 @torch.no_grad()
 def load_into(
-    parameters: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]], saved: Mapping[int, Mapping[str, Any]]
+    parameters: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Copies validated state, keyed by position, into the tensors at hand."""
+    """Copies validated state, by position, into the tensors at hand."""
     for position, parameter in enumerate(parameters):
-        for key, tensor in state[parameter].items():
+        for key, tensor in state.get(parameter, {}).items():
             value = saved[position][key]
             if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
                 value = local_part(value, tensor.device_mesh, tensor.placements)
@@ -82,4 +85,4 @@ def full_state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _full(value: Any) -> Any:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if isinstance(value, DTensor) else value.clone()

@@ -9,8 +9,7 @@ import torch.distributed as dist
 from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import VERIFY_EVERY, WORKSPACE_BYTES, LowRankOptimizer
 from dist_lowrank.optim.moments import NewtonSchulz
-from dist_lowrank.optim.options import check_number
-from dist_lowrank.optim.recipe import Recipe
+from dist_lowrank.optim.recipe import Recipe, column_options
 from dist_lowrank.optim.residuals import Accumulate
 
 
@@ -88,13 +87,7 @@ class Trion(LowRankOptimizer):
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         return Recipe(
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            rank=group["rank"],
-            side=group["side"],
-            dictionary=group["dictionary"],
-            ranking=group["ranking"],
-            seed=group["seed"],
+            **column_options(group),
             refresh_interval=1,
             moments=NewtonSchulz(group["newton_schulz_steps"]),
             residual=Accumulate("momentum", "moments", keep=group["momentum"]),
@@ -102,8 +95,8 @@ class Trion(LowRankOptimizer):
         )
 
     def dense_options(self, group: dict[str, Any]) -> DenseOptions:
-        check_number("dense_lr", group["dense_lr"])
-        base_lr = group.setdefault("base_lr", float(group["lr"]))  # before any scheduler
+        # What `lr` was before any scheduler.
+        base_lr = group.setdefault("base_lr", float(group.get("initial_lr", group["lr"])))
         factor = float(group["lr"]) / base_lr if base_lr else 1.0
         return DenseOptions(
             group["dense_lr"] * factor, group["dense_betas"], group["dense_eps"], group["weight_decay"], "dense_"

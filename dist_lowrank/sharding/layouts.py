@@ -139,11 +139,11 @@ class Layout:
 
     def sharded_state(self, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Zeros with a row for each row of the matrix, (rows, columns) globally, sharded as this layout says."""
-        local = torch.zeros(self.stop - self.start, columns, dtype=dtype, device=device)
+        block = torch.zeros(self.stop - self.start, columns, dtype=dtype, device=device)
         if self.mesh is None:
-            return local
+            return block
         return DTensor.from_local(
-            local,
+            block,
             self.mesh,
             self.placements,
             run_check=False,

@@ -9,18 +9,16 @@ empty partial sums where it holds no rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dist_lowrank.sharding.layouts import chunk_range
-
-Result = TypeVar("Result")
-Rule = Generator[Tensor, Tensor, Result]
+from dist_lowrank.sharding.rule import Result, Rule
 
 
 @dataclass(slots=True)

@@ -46,6 +46,8 @@ def evaluate(
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     count = min(limit, len(samples))
+    if count == 0:
+        raise ValueError("there are no held-out samples; allowed: at least one block of data.sequence_length tokens")
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
     was_training = model.training
     model.eval()

@@ -9,7 +9,7 @@ from dist_lowrank.config import ConfigError
 from dist_lowrank.config.schema import AdamWConfig, RunConfig
 from dist_lowrank.dictionaries import check_dictionary
 from dist_lowrank.optim.dense import arithmetic_dtype
-from dist_lowrank.sharding.layouts import TallForm
+from dist_lowrank.sharding.layouts import LayoutError, TallForm
 from dist_lowrank.strategies import shard_count, shard_dimension
 from dist_lowrank.training.model import build_model, low_rank_forms, route
 from dist_lowrank.training.optimizers import make_optimizer
@@ -39,7 +39,10 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
     model = build_model(config, meta=True)
     groups = route(model, config.model)
     forms = low_rank_forms(groups, config)
-    shards = shard_count(config.strategy, world_size)
+    try:
+        shards = shard_count(config.strategy, world_size)
+    except LayoutError as error:
+        raise ConfigError(str(error)) from error
     rows = []
     specs = {}
     if not isinstance(config.optimizer, AdamWConfig):

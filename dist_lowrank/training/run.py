@@ -147,7 +147,7 @@ class Trainer:
         else:
             with self.timer.optimizer():
                 self.optimizer.step()
-        self.schedule.step()
+        self.schedule.step()  # also after a skipped update: the schedule follows the data
         self.optimizer.zero_grad(set_to_none=True)
         self.timer.end_step(config.train.global_batch_size * config.data.sequence_length)
         if due:

@@ -1,0 +1,133 @@
+"""One wave: matrices that are updated together, in lockstep.
+
+fetch rows        where a rank does not hold them whole: one all-to-all
+run the rules     one all-reduce per round
+deliver           where rows were divided: coefficients, L x r, or lifted rows
+apply             W <- (1 - lr wd) W - lr scale direction D[:, I]^T
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_lowrank.dictionaries import Dictionary, DictionaryCache
+from dist_lowrank.optim.binding import BoundMatrix
+from dist_lowrank.optim.dense import local_gradient
+from dist_lowrank.optim.recipe import SCALES, Recipe, Update, low_rank_rule
+from dist_lowrank.sharding.layouts import local
+from dist_lowrank.sharding.rounds import Task, ranks_that_differ, run_rounds
+from dist_lowrank.sharding.transport import exchange_updates, fetch_rows, gather_coefficients
+
+Job = tuple[BoundMatrix, Recipe]
+
+
+def cut_waves(jobs: Sequence[Job], workspace_bytes: int) -> Iterator[list[Job]]:
+    """Cuts the work so that the transient memory of a wave fits the workspace, at least one matrix each.
+
+    Decided from what all ranks know, so all cut alike.
+    """
+    wave: list[Job] = []
+    used_bytes = 0
+    for matrix, recipe in jobs:
+        needed_bytes = matrix.transient_bytes()
+        if wave and used_bytes + needed_bytes > workspace_bytes:
+            yield wave
+            wave, used_bytes = [], 0
+        wave.append((matrix, recipe))
+        used_bytes += needed_bytes
+    if wave:
+        yield wave
+
+
+def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]], cache: DictionaryCache) -> None:
+    """Updates the matrices of a wave. Collective over the ranks that share them."""
+    layouts = [matrix.layout for matrix, _ in wave]
+    gradients = [local_gradient(matrix.parameter) for matrix, _ in wave]
+    rows = fetch_rows(layouts, gradients, [matrix.dtype for matrix, _ in wave])
+    dictionaries = [_dictionary(matrix, recipe, cache) for matrix, recipe in wave]
+    tasks = []
+    for (matrix, recipe), own_rows, dictionary in zip(wave, rows, dictionaries, strict=True):
+        own = {key: local(tensor) for key, tensor in state[matrix.parameter].items()}
+        step = int(own["step"].add_(1))
+        rule = low_rank_rule(own_rows, own, step, recipe, matrix.layout.form, dictionary, matrix.layout.owned)
+        tasks.append(Task(rule, matrix.layout.group))
+    updates = run_rounds(tasks)
+    directions = gather_coefficients(layouts, [update.direction for update in updates])
+    lifted = [
+        _lift(update, dictionary) if layout.delivery in ("rows", "own rows") else update.direction
+        for layout, update, dictionary in zip(layouts, updates, dictionaries, strict=True)
+    ]
+    arrived = exchange_updates(layouts, lifted)
+    for index, (matrix, recipe) in enumerate(wave):
+        scores, indices = updates[index].scores, updates[index].indices
+        if scores is not None:
+            matrix.captured_energy = scores[indices].sum() / scores.sum()
+        _apply(matrix, recipe, dictionaries[index], directions[index], indices, lifted[index], arrived[index])
+
+
+def _dictionary(matrix: BoundMatrix, recipe: Recipe, cache: DictionaryCache) -> Dictionary:
+    device = local(matrix.parameter).device
+    return cache.get(recipe.dictionary, matrix.layout.form.n, dtype=matrix.dtype, device=device, seed=recipe.seed)
+
+
+def _lift(update: Update, dictionary: Dictionary) -> Tensor:
+    rows = update.direction.new_zeros(len(update.direction), dictionary.n)
+    dictionary.add_lifted(rows, update.direction, update.indices, decay=1.0, scale=1.0)
+    return rows
+
+
+def _apply(
+    matrix: BoundMatrix,
+    recipe: Recipe,
+    dictionary: Dictionary,
+    direction: Tensor,
+    indices: Tensor,
+    lifted: Tensor,
+    arrived: list[Tensor],
+) -> None:
+    """Updates the local tensor of a parameter, from whichever form of the update its layout delivers."""
+    layout, weight = matrix.layout, local(matrix.parameter.detach())
+    target = weight.to(matrix.dtype)  # the weight itself unless it is of lower precision
+    decay = 1 - float(recipe.lr) * recipe.weight_decay
+    scale = -float(recipe.lr) * SCALES[recipe.scale](*layout.form.shape)
+    if layout.delivery == "rows":
+        layout.add_update(target, arrived, decay=decay, scale=scale)
+    elif layout.delivery == "own rows":
+        layout.add_rows(target, lifted, decay=decay, scale=scale)
+    else:
+        view = layout.form.view(target)
+        dictionary.add_lifted(view, direction, indices, decay=decay, scale=scale, columns=layout.columns)
+    if target is not weight:
+        weight.copy_(target)
+
+
+def verify_columns(matrices: Sequence[BoundMatrix], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+    """Compares the chosen columns over the ranks that share a matrix. Collective.
+
+    Raises:
+        RuntimeError: on every rank, naming the first rank and parameter that differ.
+    """
+    by_group: dict[Any, list[BoundMatrix]] = {}
+    for matrix in matrices:
+        if matrix.layout.group is not None:
+            by_group.setdefault(matrix.layout.group, []).append(matrix)
+    for group, members in by_group.items():
+        sums = torch.stack([_checksum(state[matrix.parameter]["indices"]) for matrix in members])
+        differing = ranks_that_differ(sums, group)
+        if differing:
+            rank, position = differing[0]
+            raise RuntimeError(
+                f"the columns chosen for {members[position].name!r} on rank {dist.get_global_rank(group, rank)} are "
+                f"not those of rank {dist.get_global_rank(group, 0)} ({len(differing)} differ in all): state was "
+                "corrupted, or ranks have seen different sums; continue from an earlier checkpoint"
+            )
+
+
+def _checksum(indices: Tensor) -> Tensor:
+    """Of ascending indices, (), int64; depends on their order."""
+    return ((indices.long() + 1) * torch.arange(1, indices.numel() + 1, device=indices.device)).sum()
