@@ -122,7 +122,9 @@ def _missing(error: ModuleNotFoundError) -> int:
     package = (error.name or "").partition(".")[0]
     if package in ("", "dist_lowrank"):
         raise error
-    print(f"error: the package {package} is not installed; run: pip install 'dist-lowrank[train]'", file=sys.stderr)
+    print(
+        f"error: the package {package} is not installed; install dist-lowrank with its extra [train]", file=sys.stderr
+    )
     return 1
 
 

@@ -56,7 +56,7 @@ def test_a_finished_run_gets_a_fresh_folder(tmp_path: Path) -> None:
     first = start(tmp_path)
     first.mark_finished({"validation_loss": 1.5})
     assert first.is_finished
-    assert json.loads((first.path / "FINISHED").read_text()) == {"validation_loss": 1.5}
+    assert json.loads((first.path / "FINISHED").read_text()) == {"attempt": 1, "validation_loss": 1.5}
     second = start(tmp_path)
     assert (second.path.name, second.attempt) == (f"{first.path.name}-2", 1)
     assert start(tmp_path).attempt_path == second.path / "attempt-2"

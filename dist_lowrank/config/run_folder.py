@@ -7,8 +7,8 @@
             provenance.json                      commit, command, machine
             tensorboard/rank_00000/              event files
             metrics/rank_00000.jsonl             the same numbers as JSON lines
+            export/                              the model in Hugging Face format
             errors/rank_00000.txt                only after a failure
-        export/                                  the model in Hugging Face format
         FINISHED                                 a JSON summary; without it the next start adds attempt-2
 
 The configuration lies in the attempt because attempts of one run may differ in strategy, launcher and telemetry.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -50,7 +51,7 @@ class RunFolder:
 
     @property
     def export(self) -> Path:
-        return self.path / "export"
+        return self.attempt_path / "export"
 
     @property
     def announcement(self) -> str:
@@ -76,7 +77,8 @@ class RunFolder:
 
     def mark_finished(self, summary: dict[str, Any]) -> None:
         """Marks the run as complete, so that the same command starts a fresh folder. Call it on one rank."""
-        write_atomically(self.path / "FINISHED", _json(summary))
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in summary.items()}
+        write_atomically(self.path / "FINISHED", _json({"attempt": self.attempt, **finite}))
 
 
 def create(config: RunConfig, overrides: Sequence[str]) -> RunFolder:
@@ -148,7 +150,7 @@ def _new_attempt(path: Path) -> RunFolder:
 
 
 def _json(data: Any) -> str:
-    return json.dumps(data, indent=2) + "\n"
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
 def _versions() -> dict[str, str | None]:

@@ -87,7 +87,7 @@ def _explain(problem: Any, data: dict[str, Any], schema: dict[str, Any]) -> str:
     allowed = _node_at(path, data, schema)
     value = _value_at(path, data)
     if value is _ABSENT:
-        return f"{key}: is missing; allowed: {_describe(allowed, schema)}"
+        return f"{key}: is missing; allowed: a value, {_describe(allowed, schema)}"
     hint = suggestion(value, allowed.get("enum", ()))
     return f"{key}: {show(value)} is not allowed; {hint}allowed: {_describe(allowed, schema)}"
 

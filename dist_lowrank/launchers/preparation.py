@@ -72,7 +72,7 @@ def check_world(config: RunConfig, world_size: int) -> None:
         nearby = f"{below} or {below + world_size}" if below else f"{world_size}"
         raise ConfigError(
             f"train.global_batch_size: {batch} is not allowed with {world_size} processes; "
-            f"allowed: a multiple of {world_size}, such as {nearby}"
+            f"allowed: a multiple of {world_size}, such as {nearby}, or another launcher.nproc_per_node"
         )
     if shard is not None and world_size % shard:
         divisors = [str(size) for size in range(1, world_size + 1) if world_size % size == 0]

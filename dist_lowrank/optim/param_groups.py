@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from dist_lowrank.optim.binding import canonical_name
 
 # Beside embeddings and output heads, which are found by type.
-DENSE_NAMES = ("*embed*", "*lm_head*", "*norm*", "*.wte.*", "*.wpe.*", "wte.*", "wpe.*", "head.weight", "output.weight")
+DENSE_NAMES = (
+    "*embed*",
+    "*lm_head*",
+    "*norm*",
+    "*.wte.*",
+    "*.wpe.*",
+    "wte.*",
+    "wpe.*",
+    "head.weight",
+    "*.head.weight",
+    "output.weight",
+)
 
 
 def param_groups(

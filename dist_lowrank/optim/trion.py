@@ -24,7 +24,7 @@ class Trion(LowRankOptimizer):
         W <- (1 - lr wd) W - lr s(R, C) NewtonSchulz(b) D_I^T
 
     State per matrix: the whole momentum (kept as `M D`, L x n) and r integers: as much as Muon, not less. What is low
-    in rank is the orthogonalisation and what replicas exchange. Everything but matrices is AdamW with the `dense_`
+    in rank is the orthogonalisation and what replicas exchange. Dense parameters are AdamW with the `dense_`
     options.
 
     Args:

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from dist_lowrank.config import ConfigError
 from dist_lowrank.config.schema import AdamWConfig, CorpusData, HubData, ModelConfig, RunConfig, TextData
 from dist_lowrank.optim import param_groups
 from dist_lowrank.sharding.layouts import TallForm, tall_form
 from dist_lowrank.strategies import WEIGHT_DTYPES
+from dist_lowrank.training.data.hub import reach_hub
 from dist_lowrank.training.data.tokenizer import load_tokenizer
 
 
-def model_configuration(config: ModelConfig, vocab_size: int) -> Any:
-    """The `transformers` configuration of a model.
-
-    Args:
-        vocab_size: of the tokenizer; used where `config.config` does not set one.
+def model_configuration(run: RunConfig) -> Any:
+    """The `transformers` configuration of a run's model, with the tokenizer's vocabulary where none is set.
 
     Raises:
         ConfigError: an architecture, a field or a folder that does not exist, or a vocabulary that is too small.
     """
+    config = run.model
     if config.pretrained is not None:
         try:
+            if not Path(config.pretrained).is_dir():
+                reach_hub("model.pretrained", config.pretrained, "model")
             found = AutoConfig.from_pretrained(config.pretrained, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # a ConnectionError is an OSError
             raise ConfigError(
                 f"model.pretrained: {config.pretrained!r} is not allowed; allowed: a folder in Hugging Face format, or "
                 f"a model of the hub that can be reached ({str(error).splitlines()[0]})"
@@ -49,10 +52,12 @@ def model_configuration(config: ModelConfig, vocab_size: int) -> Any:
                     f"model.config.{key}: unknown field of a {config.architecture!r} model; allowed: "
                     + ", ".join(sorted(k for k in known if not k.startswith("_")))
                 )
+        fields = {"vocab_size": expected_vocab_size(run), **config.config}
         try:
-            found = AutoConfig.for_model(config.architecture, **{"vocab_size": vocab_size, **config.config})
+            found = AutoConfig.for_model(config.architecture, **fields)
         except Exception as error:  # whatever the configuration class checks by itself
             raise ConfigError(f"model.config: {config.config} is not allowed; {error}") from error
+    vocab_size = expected_vocab_size(run)
     if found.get_text_config().vocab_size < vocab_size:
         raise ConfigError(
             f"model.config.vocab_size: {found.get_text_config().vocab_size} is not allowed; allowed: at least "
@@ -76,7 +81,7 @@ def expected_vocab_size(config: RunConfig) -> int:
         return data.vocab_size
     try:
         return len(load_tokenizer(data.tokenizer))
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         raise ConfigError(str(error)) from error
 
 
@@ -86,7 +91,8 @@ def build_model(config: RunConfig, *, meta: bool = False) -> Any:
     Raises:
         ConfigError: what cannot be built.
     """
-    configuration = model_configuration(config.model, expected_vocab_size(config))
+    disable_progress_bar()
+    configuration = model_configuration(config)
     dtype = WEIGHT_DTYPES[config.precision.name]
     options = {"attn_implementation": config.model.attention, "trust_remote_code": False}
     with torch.device("meta") if meta else contextlib.nullcontext(), torch.random.fork_rng(devices=[]):

