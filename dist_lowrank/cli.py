@@ -122,9 +122,7 @@ def _missing(error: ModuleNotFoundError) -> int:
     package = (error.name or "").partition(".")[0]
     if package in ("", "dist_lowrank"):
         raise error
-    print(
-        f"error: the package {package} is not installed; install dist-lowrank with its extra [train]", file=sys.stderr
-    )
+    print(f"error: package {package} is not installed; install dist-lowrank with its extra [train]", file=sys.stderr)
     return 1
 
 

@@ -123,12 +123,14 @@ def test_more_ranks_than_gpus_are_refused(overrides: list[str], gpus: int, messa
         (
             ["train.global_batch_size=33"],
             4,
-            "train.global_batch_size: 33 is not allowed with 4 processes; allowed: a multiple of 4, such as 32 or 36, or another launcher.nproc_per_node",
+            "train.global_batch_size: 33 is not allowed with 4 processes; allowed: a multiple of 4, such as 32 or 36, "
+            "or another launcher.nproc_per_node",
         ),
         (
             ["train.global_batch_size=3"],
             8,
-            "train.global_batch_size: 3 is not allowed with 8 processes; allowed: a multiple of 8, such as 8, or another launcher.nproc_per_node",
+            "train.global_batch_size: 3 is not allowed with 8 processes; allowed: a multiple of 8, such as 8, "
+            "or another launcher.nproc_per_node",
         ),
         (
             ["strategy=hsdp", "strategy.shard_size=3"],
