@@ -15,7 +15,7 @@ ALL_NAMES = ["dct2", "dct3", "hadamard", "random", "identity"]
 
 
 def sizes_of(name: str) -> list[int]:
-    return [1, 2, 4, 64, 256] if name == "hadamard" else [1, 2, 3, 7, 64, 65]
+    return [1, 2, 4, 6, 12, 64, 100, 256] if name == "hadamard" else [1, 2, 3, 7, 64, 65]
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)
@@ -74,11 +74,19 @@ def test_a_narrow_dictionary_is_the_float64_one_cast(name: str, dtype: torch.dty
     torch.testing.assert_close(columns(name, 32, dtype=dtype), columns(name, 32).to(dtype), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("n", [3, 6, 12, 100])
-def test_hadamard_says_that_it_needs_a_power_of_two(n: int) -> None:
+@pytest.mark.parametrize("n", [3, 7, 25, 99])
+def test_hadamard_of_odd_size_is_refused_because_it_would_be_the_identity(n: int) -> None:
     with pytest.raises(ValueError, match="power of two") as caught:
         columns("hadamard", n)
-    assert str(n) in str(caught.value)
+    assert f"n={n}" in str(caught.value)
+    assert "identity" in str(caught.value)
+
+
+def test_hadamard_of_size_12_is_three_blocks_of_4() -> None:
+    expected = torch.zeros(12, 12, dtype=torch.float64)
+    for start in (0, 4, 8):
+        expected[start : start + 4, start : start + 4] = columns("hadamard", 4)
+    assert torch.equal(columns("hadamard", 12), expected)
 
 
 def test_an_unknown_dictionary_is_refused_with_the_names_that_exist() -> None:

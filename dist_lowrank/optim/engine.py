@@ -166,9 +166,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
             weight.copy_(target)
 
     def _dictionary(self, matrix: BoundMatrix, recipe: Recipe) -> Dictionary:
-        device = local(matrix.parameter).device
+        transform = recipe.transform
+        if transform == "auto" and recipe.materialize and matrix.layout.repeated:
+            transform = "gemm"  # ranks that repeat the same work must round alike, so none may measure for itself
         return self._dictionaries.get(
-            recipe.dictionary, matrix.layout.form.n, dtype=matrix.dtype, device=device, seed=recipe.seed
+            recipe.dictionary,
+            matrix.layout.form.n,
+            dtype=matrix.dtype,
+            device=local(matrix.parameter).device,
+            seed=recipe.seed,
+            transform=transform,
+            materialize=recipe.materialize,
         )
 
     # Binding and state --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_lowrank.dictionaries import Dictionary, check_dictionary
+from dist_lowrank.dictionaries import Dictionary, check_dictionary, check_transform
 from dist_lowrank.optim.moments import Moments
 from dist_lowrank.optim.options import check_choice, check_count, check_number, check_rank
 from dist_lowrank.optim.residuals import Residual
@@ -51,6 +51,8 @@ class Recipe:
     residual: Residual
     transition: str = "move"
     scale: str = "none"
+    transform: str = "gemm"
+    materialize: bool = True
 
     def __post_init__(self) -> None:
         check_number("lr", self.lr)
@@ -58,6 +60,7 @@ class Recipe:
         check_rank(self.rank)
         check_choice("side", self.side, SIDES)
         check_dictionary(self.dictionary)
+        check_transform(self.dictionary, self.transform, self.materialize)
         check_choice("ranking", self.ranking, RANKINGS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed: {self.seed!r} is not allowed; allowed: an integer")
