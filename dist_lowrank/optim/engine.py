@@ -123,18 +123,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
             yield wave
 
     def _update(self, wave: list[tuple[BoundMatrix, Recipe]]) -> None:
-        tasks = []
+        tasks, chosen_before = [], []
         for matrix, recipe in wave:
             gradient = matrix.parameter.grad
             assert gradient is not None
             rows = matrix.layout.rows(local(gradient)).to(matrix.dtype)  # (l, n)
             state = {key: local(tensor) for key, tensor in self.state[matrix.parameter].items()}
             step = int(state["step"].add_(1))
+            chosen_before.append(state["indices"][: 0 if step == 1 else None].clone())
             rule = low_rank_rule(rows, state, step, recipe, matrix.layout.form, self._dictionary(matrix, recipe))
             tasks.append(Task(rule, matrix.layout.group))
         updates = self._gather([matrix for matrix, _ in wave], run_rounds(tasks))
-        for (matrix, recipe), update in zip(wave, updates, strict=True):
+        for (matrix, recipe), update, before in zip(wave, updates, chosen_before, strict=True):
             if update.scores is not None:
+                matrix.previous_indices = before
                 total = update.scores.sum()
                 matrix.captured_energy = update.scores[update.indices].sum() / total.clamp(min=1e-38)
             self._apply(matrix, recipe, update)
@@ -264,6 +266,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         def put_state_back(_: Any) -> None:
             self._state, self._unchecked = kept, unchecked
             load_into([p for group in self.param_groups for p in group["params"]], kept, saved)
+            for matrix in self._matrices():
+                matrix.previous_indices = None
 
         # torch casts state while loading, so it gets none: last before it, first after it.
         handles = [
@@ -301,7 +305,35 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         return {
             matrix.name: float(matrix.captured_energy)
-            for bound in self._bound or []
-            for matrix in bound.matrices
+            for matrix in self._matrices()
             if matrix.captured_energy is not None
         }
+
+    def column_turnover(self) -> dict[str, float]:
+        """By parameter name: the share of the chosen columns that the last refresh brought in.
+
+        1 after the first choice. Empty before it, and between loading a state and the next refresh.
+        """
+        turnover = {}
+        for matrix in self._matrices():
+            if matrix.previous_indices is not None:
+                indices = local(self.state[matrix.parameter]["indices"]).long()
+                stayed = torch.isin(indices, matrix.previous_indices.long()).sum()
+                turnover[matrix.name] = 1 - int(stayed) / len(indices)
+        return turnover
+
+    def column_age(self) -> dict[str, float]:
+        """By parameter name: the mean age of the chosen columns, in updates since they were chosen, this one included.
+
+        Only of matrices with `column_bias_correction`, which alone keeps ages: no state is kept for this. With
+        `transition="keep"` these are ages of slots, with `"reset"` updates since the last refresh.
+        """
+        states = {matrix.name: self.state[matrix.parameter] for matrix in self._matrices()}
+        return {
+            name: float(local(state["age"]).double().mean())
+            for name, state in states.items()
+            if "age" in state and state["step"] > 0
+        }
+
+    def _matrices(self) -> list[BoundMatrix]:
+        return [matrix for bound in self._bound or [] for matrix in bound.matrices]
