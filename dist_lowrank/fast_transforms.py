@@ -1,8 +1,9 @@
 """Products of rows with a whole dictionary in O(n log n) each, without its matrix.
 
 The cosine transforms follow Makhoul (IEEE Trans. ASSP 28(1), 1980): one real FFT of the same length n, any n, of the
-row with its even entries in front and its odd ones reversed behind. On a CPU scipy's own fast DCT does the same two to
-five times faster, where scipy is installed. Hadamard's is the butterfly, block by block.
+row with its even entries in front and its odd ones reversed behind. On a CPU scipy's own fast DCT does the same up to
+twice as fast on one thread, where scipy is installed. Hadamard's is the butterfly, block by block.
+`benchmarks/transform.py` times them.
 
 All work on blocks of rows, so that temporaries stay small whatever the number of rows.
 """

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import dense_dictionary
 
-from dist_lowrank.dictionaries import columns
+from dist_lowrank.dictionaries import Dictionary, columns
 
 ALL_NAMES = ["dct2", "dct3", "hadamard", "random", "identity"]
 
@@ -66,6 +66,20 @@ def test_dct2_of_4096_is_orthonormal_to_1e_12_and_its_float32_cast_is_within_one
     assert narrow.dtype == torch.float32
     one_ulp = np.spacing(np.abs(exact).astype(np.float32)).astype(np.longdouble)
     assert (np.abs(narrow[rows].numpy().astype(np.longdouble) - exact) <= one_ulp).all()
+
+
+def test_columns_of_16384_made_on_the_fly_are_within_one_ulp_in_float32() -> None:
+    n = 16384
+    dictionary = Dictionary(
+        "dct3", n, dtype=torch.float32, device=torch.device("cpu"), transform="fft", materialize=False
+    )
+    some = np.array([0, 1, 2, 1000, 8191, 8192, 12001, 16382, 16383])
+    unit = torch.eye(len(some))
+    made = torch.zeros(len(some), n)  # columns of dct3 are rows of dct2
+    dictionary.add_lifted(made, unit, torch.from_numpy(some), decay=0.0, scale=1.0)
+    exact = exact_dct2_rows(some, n)
+    one_ulp = np.spacing(np.abs(exact).astype(np.float32)).astype(np.longdouble)
+    assert (np.abs(made.numpy().astype(np.longdouble) - exact) <= one_ulp).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
