@@ -7,17 +7,23 @@ a checkpoint.
 The cosine dictionaries follow `d_k[j] = c_k cos(pi k (2j + 1) / (2n))` with `c_0 = sqrt(1/n)`, `c_k = sqrt(2/n)`
 (DCT-II; `A @ D` is the orthonormal DCT-II of every row). The angle has period `4n` in the integer `k (2j + 1)`, so the
 entries come from a table of `4n` float64 cosines, exact at any `n`, where angles formed in float32 lose three digits
-at n = 4096.
+at n = 4096. The same table gives any few columns on the fly, so the matrix itself need not exist.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from dist_lowrank.fast_transforms import FAST_TRANSFORMS, FastTransform, faster_transform, hadamard_block
+
 DICTIONARIES = ("dct2", "dct3", "hadamard", "random", "identity")
+TRANSFORMS = ("gemm", "fft", "auto")
+
+_BLOCK_ELEMENTS = 2**20  # of columns made from the formula at once
 
 
 def columns(
@@ -31,9 +37,10 @@ def columns(
     """The orthonormal matrix whose columns are the dictionary.
 
     Args:
-        name: one of `DICTIONARIES`. `dct3` is the transpose of `dct2`; `hadamard` is Sylvester's, in natural order;
-            `random` is the QR factor of a Gaussian matrix drawn from `seed` and `n` alone.
-        n: size, at least 1; a power of two for `hadamard`.
+        name: one of `DICTIONARIES`. `dct3` is the transpose of `dct2`; `hadamard` is Sylvester's, in natural order, in
+            blocks along the diagonal of the largest power of two that divides n; `random` is the QR factor of a
+            Gaussian matrix drawn from `seed` and `n` alone.
+        n: size, at least 1; 1 or even for `hadamard`.
         dtype: of the result; entries are computed in float64 and rounded once.
 
     Returns:
@@ -43,9 +50,11 @@ def columns(
         ValueError: for an unknown name or a size that the dictionary does not have.
     """
     check_dictionary(name, n)
-    build = {"dct2": _dct2, "dct3": _dct3, "hadamard": _hadamard, "identity": _identity}
-    matrix = _random(n, seed) if name == "random" else build[name](n)
-    return matrix.to(device=device, dtype=dtype)
+    if name == "random":
+        return _random(n, seed).to(device=device, dtype=dtype)
+    if name == "identity":
+        return torch.eye(n, dtype=dtype, device=device)
+    return _Formula(name, n, dtype, torch.device(device)).atoms(torch.arange(n, device=device)).t()
 
 
 def check_dictionary(name: str, n: int | None = None) -> None:
@@ -56,28 +65,72 @@ def check_dictionary(name: str, n: int | None = None) -> None:
         return
     if n < 1:
         raise ValueError(f"n: {n} is not allowed; allowed: an integer >= 1")
-    if name == "hadamard" and n & (n - 1):
-        raise ValueError(f"dictionary: 'hadamard' has no matrix of size n={n}; allowed: n a power of two")
+    if name == "hadamard" and n > 1 and n % 2:
+        raise ValueError(
+            f"dictionary: 'hadamard' has no matrix of size n={n} but the identity, since its blocks are of the largest "
+            "power of two that divides n; allowed: n even (or 1), dictionary='identity'"
+        )
 
 
-def _dct2(n: int) -> Tensor:
-    table = torch.cos(torch.arange(4 * n, dtype=torch.float64, device="cpu") * (math.pi / (2 * n)))  # (4n,)
-    k = torch.arange(n, device="cpu")
-    angles = (2 * k + 1).unsqueeze(1) * k.unsqueeze(0)  # (n, n) int64: j down, k across
-    matrix = table[angles.remainder_(4 * n)].mul_(math.sqrt(2 / n))
-    matrix[:, 0] = math.sqrt(1 / n)
-    return matrix
+def check_transform(name: str, transform: str, materialize: bool) -> None:
+    """Raises ValueError unless products with dictionary `name` can be computed in this way."""
+    if transform not in TRANSFORMS:
+        raise ValueError(f"transform: {transform!r} is not allowed; allowed: {', '.join(TRANSFORMS)}")
+    if materialize is not True and materialize is not False:
+        raise ValueError(f"materialize: {materialize!r} is not allowed; allowed: True, False")
+    if name == "identity":
+        return  # there is nothing to multiply by
+    if transform == "fft" and name not in FAST_TRANSFORMS:
+        raise ValueError(
+            f"transform: 'fft' is not allowed with dictionary={name!r}, which has no fast transform; allowed: gemm, "
+            "auto (then gemm)"
+        )
+    if materialize:
+        return
+    if name not in FAST_TRANSFORMS:
+        raise ValueError(
+            f"materialize: False is not allowed with dictionary={name!r}: its entries follow no formula, so the n x n "
+            f"matrix has to be kept; allowed: True, or dictionary={', '.join(FAST_TRANSFORMS)}"
+        )
+    if transform == "gemm":
+        raise ValueError(
+            "materialize: False is not allowed with transform='gemm', which multiplies by the n x n matrix; allowed: "
+            "True, or transform=fft, auto"
+        )
 
 
-def _dct3(n: int) -> Tensor:
-    return _dct2(n).t().contiguous()
+class _Formula:
+    """Any columns of `dct2`, `dct3` or `hadamard`, from integers: a table of 4n cosines, or parities of bits."""
+
+    def __init__(self, name: str, n: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.name, self.n = name, n
+        if name == "hadamard":
+            self.block = hadamard_block(n)
+            signs = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64, device="cpu") * math.sqrt(1 / self.block)
+            self.table = signs.to(device=device, dtype=dtype)  # of even parity, odd parity, outside the block
+        else:
+            angles = torch.arange(4 * n, dtype=torch.float64, device="cpu") * (math.pi / (2 * n))
+            self.table = (torch.cos(angles) * math.sqrt(2 / n)).to(device=device, dtype=dtype)  # (4n,)
+
+    def atoms(self, indices: Tensor) -> Tensor:
+        """The columns at `indices` (r,), int64, as rows: `D[:, indices]^T`, (r, n)."""
+        k = indices.unsqueeze(1)
+        j = torch.arange(self.n, device=indices.device).unsqueeze(0)
+        if self.name == "hadamard":
+            return self.table[_parity(k & j & (self.block - 1)).masked_fill_(k // self.block != j // self.block, 2)]
+        if self.name == "dct2":
+            atoms = self.table[(k * (2 * j + 1)).remainder_(4 * self.n)]
+            return atoms.masked_fill_(k == 0, math.sqrt(1 / self.n))
+        atoms = self.table[(j * (2 * k + 1)).remainder_(4 * self.n)]
+        atoms[:, 0] = math.sqrt(1 / self.n)
+        return atoms
 
 
-def _hadamard(n: int) -> Tensor:
-    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
-    while matrix.shape[0] < n:
-        matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
-    return matrix / math.sqrt(n)
+def _parity(values: Tensor) -> Tensor:
+    """Whether the number of one bits of each non-negative int64 is odd: 0 or 1. In place."""
+    for shift in (32, 16, 8, 4, 2, 1):
+        values ^= values >> shift
+    return values.bitwise_and_(1)
 
 
 def _random(n: int, seed: int) -> Tensor:
@@ -88,38 +141,76 @@ def _random(n: int, seed: int) -> Tensor:
     return torch.mul(q, signs)
 
 
-def _identity(n: int) -> Tensor:
-    return torch.eye(n, dtype=torch.float64, device="cpu")
-
-
 class Dictionary:
     """One dictionary at one size, ready for products on one device.
 
-    Holds `D^T` (its rows are the candidates), so that taking r candidates copies r contiguous rows. The identity
-    holds nothing.
+    Holds `D^T` (its rows are the candidates), so that taking r candidates copies r contiguous rows. With
+    `materialize=False` it holds O(n) numbers instead: the transform is fast, and chosen columns are made from the
+    formula at each use, never more than half of the matrix or `_BLOCK_ELEMENTS` entries at once. The identity holds
+    nothing.
+
+    Args:
+        dtype: of the products, float32 or float64; rows of another are converted.
+        transform: how `transform` multiplies: `gemm` by the matrix, `fft` by the fast transform, `auto` by the faster
+            of the two (see `faster_transform`). All agree to rounding.
+
+    Raises:
+        ValueError: for a name, size or combination that is not allowed.
     """
 
-    def __init__(self, name: str, n: int, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
-        self.n = n
+    def __init__(
+        self,
+        name: str,
+        n: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int = 0,
+        transform: str = "gemm",
+        materialize: bool = True,
+    ) -> None:
+        check_dictionary(name, n)
+        check_transform(name, transform, materialize)
+        self.name, self.n, self.dtype = name, n, dtype
         self._atoms: Tensor | None = None  # (n, n) = D^T
+        self._formula: _Formula | None = None
+        self._fast: FastTransform | None = None
         if name == "identity":
-            check_dictionary(name, n)
-        else:
+            return
+        if materialize:
             self._atoms = columns(name, n, dtype=dtype, device=device, seed=seed).t().contiguous()
+        else:
+            self._formula = _Formula(name, n, dtype, device)
+        if name in FAST_TRANSFORMS and transform != "gemm":
+            self._fast = FastTransform(name, n, dtype=dtype, device=device)
+        if transform == "auto" and self._fast is not None and self._atoms is not None:
+            matrix = self._atoms.t()
+            if faster_transform(name, n, dtype, device, lambda rows: rows @ matrix, self._fast) == "gemm":
+                self._fast = None
 
     @property
     def storage_bytes(self) -> int:
-        return 0 if self._atoms is None else self._atoms.untyped_storage().nbytes()
+        tensors = [self._atoms, self._formula.table if self._formula else None]
+        held = sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+        return held + (self._fast.storage_bytes if self._fast else 0)
 
     def transform(self, rows: Tensor) -> Tensor:
         """Coordinates of each row: `rows @ D`, (L, n) -> (L, n). May return `rows` itself."""
-        return rows if self._atoms is None else rows @ self._atoms.t()
+        rows = rows.to(self.dtype)
+        if self.name == "identity":
+            return rows
+        if self._fast is not None:
+            return self._fast(rows)
+        assert self._atoms is not None
+        return rows @ self._atoms.t()
 
     def project(self, rows: Tensor, indices: Tensor) -> Tensor:
         """Coordinates on the chosen candidates alone: `rows @ D[:, indices]`, (L, n) -> (L, r)."""
-        if self._atoms is None:
+        rows = rows.to(self.dtype)
+        if self.name == "identity":
             return rows.index_select(1, indices)
-        return rows @ self._atoms.index_select(0, indices).t()
+        parts = [rows @ atoms.t() for _, atoms in self._atoms_in_blocks(indices)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def add_lifted(
         self,
@@ -136,26 +227,51 @@ class Dictionary:
         Args:
             target: (L, width of `columns`).
         """
-        if self._atoms is not None:
-            target.addmm_(coefficients, self._atoms.index_select(0, indices)[:, columns], beta=decay, alpha=scale)
+        if self.name == "identity":
+            start, stop, _ = columns.indices(self.n)
+            if (start, stop) != (0, self.n):
+                inside = (indices >= start) & (indices < stop)
+                coefficients, indices = coefficients[:, inside], indices[inside] - start
+            target.mul_(decay).index_add_(1, indices, coefficients, alpha=scale)
             return
-        start, stop, _ = columns.indices(self.n)
-        inside = (indices >= start) & (indices < stop)
-        if (start, stop) != (0, self.n):
-            coefficients, indices = coefficients[:, inside], indices[inside] - start
-        target.mul_(decay).index_add_(1, indices, coefficients, alpha=scale)
+        for part, atoms in self._atoms_in_blocks(indices):
+            beta = decay if part.start == 0 else 1
+            target.addmm_(coefficients[:, part], atoms[:, columns], beta=beta, alpha=scale)
+
+    def _atoms_in_blocks(self, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """`D[:, indices[part]]^T` for the parts that make up the indices; one part if the matrix is there."""
+        if self._formula is None:
+            assert self._atoms is not None
+            yield slice(0, len(indices)), self._atoms.index_select(0, indices)
+            return
+        width = max(1, min(_BLOCK_ELEMENTS // self.n, self.n // 2))
+        for start in range(0, len(indices), width):
+            part = slice(start, start + width)
+            yield part, self._formula.atoms(indices[part])
 
 
 class DictionaryCache:
-    """The dictionaries that one optimizer uses: one per distinct (name, n, dtype, device), shared by all matrices."""
+    """The dictionaries that one optimizer uses: one per distinct set of options, shared by all matrices."""
 
     def __init__(self) -> None:
-        self._dictionaries: dict[tuple[str, int, torch.dtype, torch.device, int], Dictionary] = {}
+        self._dictionaries: dict[tuple[object, ...], Dictionary] = {}
 
-    def get(self, name: str, n: int, *, dtype: torch.dtype, device: torch.device, seed: int) -> Dictionary:
-        key = (name, n, dtype, device, seed if name == "random" else 0)
+    def get(
+        self,
+        name: str,
+        n: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+        transform: str = "gemm",
+        materialize: bool = True,
+    ) -> Dictionary:
+        key = (name, n, dtype, device, seed if name == "random" else 0, transform, materialize)
         if key not in self._dictionaries:
-            self._dictionaries[key] = Dictionary(name, n, dtype=dtype, device=device, seed=seed)
+            self._dictionaries[key] = Dictionary(
+                name, n, dtype=dtype, device=device, seed=seed, transform=transform, materialize=materialize
+            )
         return self._dictionaries[key]
 
     @property

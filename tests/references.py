@@ -24,7 +24,8 @@ def dense_dictionary(name: str, n: int) -> Tensor:
     elif name == "dct3":
         matrix = scipy.fft.dct(unit, type=3, norm="ortho", axis=1)
     elif name == "hadamard":
-        matrix = scipy.linalg.hadamard(n) / np.sqrt(n)
+        block = next(size for size in (2**i for i in range(20, -1, -1)) if n % size == 0)
+        matrix = np.kron(np.eye(n // block), scipy.linalg.hadamard(block) / np.sqrt(block))
     elif name == "identity":
         matrix = unit
     else:

@@ -39,6 +39,11 @@ def run(*arguments: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], f
             "error: train.global_batch_size: 33 is not",
         ),
         (["train", "model.low_rank=[no_such_layer]"], 15, "error: model.low_rank: "),
+        (
+            ["train", "optimizer.materialize=false"],
+            15,
+            "error: optimizer.materialize: False is not allowed with transform='gemm', ",
+        ),
     ],
 )
 def test_a_refused_configuration_ends_soon_with_code_2_and_leaves_nothing(

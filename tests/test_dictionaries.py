@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import dense_dictionary
 
-from dist_lowrank.dictionaries import columns
+from dist_lowrank.dictionaries import Dictionary, columns
 
 ALL_NAMES = ["dct2", "dct3", "hadamard", "random", "identity"]
 
 
 def sizes_of(name: str) -> list[int]:
-    return [1, 2, 4, 64, 256] if name == "hadamard" else [1, 2, 3, 7, 64, 65]
+    return [1, 2, 4, 6, 12, 64, 100, 256] if name == "hadamard" else [1, 2, 3, 7, 64, 65]
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)
@@ -68,17 +68,39 @@ def test_dct2_of_4096_is_orthonormal_to_1e_12_and_its_float32_cast_is_within_one
     assert (np.abs(narrow[rows].numpy().astype(np.longdouble) - exact) <= one_ulp).all()
 
 
+def test_columns_of_16384_made_on_the_fly_are_within_one_ulp_in_float32() -> None:
+    n = 16384
+    dictionary = Dictionary(
+        "dct3", n, dtype=torch.float32, device=torch.device("cpu"), transform="fft", materialize=False
+    )
+    some = np.array([0, 1, 2, 1000, 8191, 8192, 12001, 16382, 16383])
+    unit = torch.eye(len(some))
+    made = torch.zeros(len(some), n)  # columns of dct3 are rows of dct2
+    dictionary.add_lifted(made, unit, torch.from_numpy(some), decay=0.0, scale=1.0)
+    exact = exact_dct2_rows(some, n)
+    one_ulp = np.spacing(np.abs(exact).astype(np.float32)).astype(np.longdouble)
+    assert (np.abs(made.numpy().astype(np.longdouble) - exact) <= one_ulp).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_a_narrow_dictionary_is_the_float64_one_cast(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(columns(name, 32, dtype=dtype), columns(name, 32).to(dtype), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("n", [3, 6, 12, 100])
-def test_hadamard_says_that_it_needs_a_power_of_two(n: int) -> None:
+@pytest.mark.parametrize("n", [3, 7, 25, 99])
+def test_hadamard_of_odd_size_is_refused_because_it_would_be_the_identity(n: int) -> None:
     with pytest.raises(ValueError, match="power of two") as caught:
         columns("hadamard", n)
-    assert str(n) in str(caught.value)
+    assert f"n={n}" in str(caught.value)
+    assert "identity" in str(caught.value)
+
+
+def test_hadamard_of_size_12_is_three_blocks_of_4() -> None:
+    expected = torch.zeros(12, 12, dtype=torch.float64)
+    for start in (0, 4, 8):
+        expected[start : start + 4, start : start + 4] = columns("hadamard", 4)
+    assert torch.equal(columns("hadamard", 12), expected)
 
 
 def test_an_unknown_dictionary_is_refused_with_the_names_that_exist() -> None:

@@ -10,6 +10,8 @@ from trajectories import KINDS, both, make, make_parameters, train
 
 NAMES = {
     "dictionary": ["dct2", "dct3", "hadamard", "random", "identity"],
+    "transform": ["gemm", "fft", "auto"],
+    "materialize": ["True", "False"],
     "ranking": ["l1", "l2"],
     "side": ["shorter", "longer", "right", "left"],
     "transition": ["move", "reset", "keep"],
@@ -19,6 +21,8 @@ NAMES = {
 BAD_IN_BOTH: list[tuple[str, Any]] = [
     *(("rank", value) for value in (0, -1, 1.5, 0.0, -0.5, "a", None, True, float("nan"))),
     *(("dictionary", value) for value in ("dct4", None, 2)),
+    *(("transform", value) for value in ("dct", None, True)),
+    *(("materialize", value) for value in (None, "no", 0)),
     *(("ranking", value) for value in ("l3", 2)),
     *(("side", value) for value in ("short", "RIGHT", 1)),
     *(("lr", value) for value in (-1e-3, float("nan"), float("inf"), "fast")),
@@ -59,12 +63,31 @@ def test_a_bad_option_is_refused_with_key_value_and_what_is_allowed(
 
 
 @both
-def test_hadamard_on_another_size_is_refused_with_the_name_of_the_parameter(kind: str) -> None:
-    parameters = make_parameters([(8, 6)])
+def test_hadamard_on_an_odd_size_is_refused_with_the_name_of_the_parameter(kind: str) -> None:
+    parameters = make_parameters([(8, 5)])
     with pytest.raises(ValueError, match="power of two") as caught:
         train(make(kind, [("attention.q", parameters[0])], dictionary="hadamard"), parameters, steps=1)
-    assert "6" in str(caught.value)
+    assert "n=5" in str(caught.value)
     assert "attention.q" in str(caught.value)
+
+
+@both
+@pytest.mark.parametrize(
+    ("options", "key", "words"),
+    [
+        ({"dictionary": "random", "transform": "fft"}, "transform", ["'fft'", "'random'", "gemm"]),
+        ({"dictionary": "random", "materialize": False, "transform": "auto"}, "materialize", ["no formula", "dct2"]),
+        ({"dictionary": "dct2", "materialize": False}, "materialize", ["transform='gemm'", "fft, auto"]),
+    ],
+    ids=str,
+)
+def test_transforms_that_a_dictionary_does_not_have_are_refused_with_the_reason(
+    kind: str, options: dict[str, Any], key: str, words: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=key) as caught:
+        make(kind, make_parameters([(8, 6)]), **options)
+    for word in words:
+        assert word in str(caught.value)
 
 
 @both

@@ -23,8 +23,8 @@ from dist_lowrank.optim import DCTAdamW, Trion
 
 # Tall, wide, square, one row, one column.
 SHAPES = [(24, 10), (10, 24), (12, 12), (1, 9), (9, 1)]
-# The same, with a power of two as the shorter side.
-SHAPES_FOR_HADAMARD = [(24, 8), (8, 24), (16, 16), (1, 9), (9, 1)]
+# The same, with an even number as the shorter side: one block, blocks of 2, blocks of 4.
+SHAPES_FOR_HADAMARD = [(24, 8), (10, 24), (12, 12), (1, 9), (9, 1)]
 
 
 class Reference(Protocol):

@@ -31,6 +31,7 @@ Rank = (
 # Part of a folder's name.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of letters, digits, '.', '_', '-'")]
 Dictionary = Literal["dct2", "dct3", "hadamard", "random", "identity"]
+Transform = Literal["gemm", "fft", "auto"]
 Ranking = Literal["l2", "l1"]
 Side = Literal["shorter", "longer", "right", "left"]
 
@@ -120,6 +121,8 @@ class DCTAdamWConfig:
     rank: Rank = 0.25
     refresh_interval: PositiveInt = 1
     dictionary: Dictionary = "dct2"
+    transform: Transform = "gemm"
+    materialize: bool = True
     ranking: Ranking = "l2"
     side: Side = "shorter"
     transition: Literal["move", "reset", "keep"] = "move"
@@ -136,6 +139,8 @@ class TrionConfig:
     weight_decay: NonNegativeFloat = 0.01
     rank: Rank = 0.25
     dictionary: Dictionary = "dct2"
+    transform: Transform = "gemm"
+    materialize: bool = True
     ranking: Ranking = "l2"
     side: Side = "shorter"
     newton_schulz_steps: PositiveInt = 5

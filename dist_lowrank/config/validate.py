@@ -28,6 +28,8 @@ _NOT_SCIENCE = (
     "train.sample_tokens",
     "model.activation_checkpointing",
     "model.compile",
+    "optimizer.transform",
+    "optimizer.materialize",
     "data.cache",
     "data.workers",
 )

@@ -37,6 +37,7 @@ class BoundMatrix:
     layout: Layout
     dtype: torch.dtype  # of the arithmetic
     captured_energy: Tensor | None = None  # share of the score in the chosen columns, at the last refresh
+    previous_indices: Tensor | None = None  # what was chosen before the last refresh; empty if that was the first
 
     def transient_bytes(self) -> int:
         """Memory that one update needs beside its state, on the fullest rank: gradient rows and coordinates."""

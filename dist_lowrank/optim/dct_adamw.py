@@ -42,7 +42,16 @@ class DCTAdamW(LowRankOptimizer):
             step is 3.2 times the learning rate.
         rank: number of columns (int) or fraction of n (float).
         refresh_interval: steps between choices of columns.
-        dictionary: `dct2`, `dct3`, `hadamard` (n a power of two), `random`, `identity`.
+        dictionary: `dct2`, `dct3`, `hadamard` (n even; blocks of the largest power of two that divides n), `random`,
+            `identity`.
+        transform: how gradients are multiplied by the whole dictionary: `gemm`, by its matrix; `fft`, in O(n log n)
+            (scipy's on a CPU where it is installed, else torch's; butterflies for `hadamard`; not for `random`);
+            `auto`, by the faster of the two, measured once per (dictionary, n, dtype, device) and process. All agree
+            to rounding. The default is `gemm` because a run should repeat to the bit, which what a clock decides does
+            not, nor what is installed. `auto` stays with `gemm` where several ranks repeat the same work (HSDP,
+            replicated DTensors), since they must round alike.
+        materialize: keep the n x n matrix of each dictionary. False keeps O(n) numbers, makes the chosen columns from
+            the formula at each use, and needs `transform` `fft` or `auto` (then `fft`); not for `random`.
         ranking: `l2`, by energy, or `l1`, by sum of absolute values.
         side: `shorter` compresses the shorter axis (square: right), `longer` the other, `right` axis 1, `left` axis 0.
             Decided from the global shape.
@@ -72,6 +81,8 @@ class DCTAdamW(LowRankOptimizer):
         rank: int | float = 0.25,
         refresh_interval: int = 1,
         dictionary: str = "dct2",
+        transform: str = "gemm",
+        materialize: bool = True,
         ranking: str = "l2",
         side: str = "shorter",
         transition: str = "move",
@@ -91,6 +102,8 @@ class DCTAdamW(LowRankOptimizer):
             "rank": rank,
             "refresh_interval": refresh_interval,
             "dictionary": dictionary,
+            "transform": transform,
+            "materialize": materialize,
             "ranking": ranking,
             "side": side,
             "transition": transition,

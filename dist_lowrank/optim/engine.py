@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from dist_lowrank.dictionaries import DictionaryCache
 from dist_lowrank.optim.binding import (
     BoundGroup,
+    BoundMatrix,
     FlatPlace,
     bind_group,
     check_loaded_shards,
@@ -277,6 +278,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._state, self._unchecked = kept, unchecked
             load_into([p for group in self.param_groups for p in group["params"]], kept, saved)
             self._shards_loaded = any(isinstance(value, DTensor) for state in saved for value in state.values())
+            for matrix in self._matrices():
+                matrix.previous_indices = None
 
         # torch casts state while loading, so it gets none: last before it, first after it.
         handles = [
@@ -315,10 +318,38 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         return {
             matrix.name: float(matrix.captured_energy)
-            for bound in self._bound or []
-            for matrix in bound.matrices
+            for matrix in self._matrices()
             if matrix.captured_energy is not None
         }
+
+    def column_turnover(self) -> dict[str, float]:
+        """By parameter name: the share of the chosen columns that the last refresh brought in.
+
+        1 after the first choice. Empty before it, and between loading a state and the next refresh.
+        """
+        turnover = {}
+        for matrix in self._matrices():
+            if matrix.previous_indices is not None:
+                indices = local(self.state[matrix.parameter]["indices"]).long()
+                stayed = torch.isin(indices, matrix.previous_indices.long()).sum()
+                turnover[matrix.name] = 1 - int(stayed) / len(indices)
+        return turnover
+
+    def column_age(self) -> dict[str, float]:
+        """By parameter name: the mean age of the chosen columns, in updates since they were chosen, this one included.
+
+        Only of matrices with `column_bias_correction`, which alone keeps ages: no state is kept for this. With
+        `transition="keep"` these are ages of slots, with `"reset"` updates since the last refresh.
+        """
+        states = {matrix.name: self.state[matrix.parameter] for matrix in self._matrices()}
+        return {
+            name: float(local(state["age"]).double().mean())
+            for name, state in states.items()
+            if "age" in state and state["step"] > 0
+        }
+
+    def _matrices(self) -> list[BoundMatrix]:
+        return [matrix for bound in self._bound or [] for matrix in bound.matrices]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_lowrank.dictionaries import Dictionary, check_dictionary
+from dist_lowrank.dictionaries import Dictionary, check_dictionary, check_transform
 from dist_lowrank.optim.moments import Moments
 from dist_lowrank.optim.options import check_choice, check_count, check_number, check_rank
 from dist_lowrank.optim.residuals import Residual
@@ -52,12 +52,15 @@ class Recipe:
     residual: Residual
     transition: str = "move"
     scale: str = "none"
+    transform: str = "gemm"
+    materialize: bool = True
 
     def __post_init__(self) -> None:
         check_number("weight_decay", self.weight_decay)
         check_rank(self.rank)
         check_choice("side", self.side, SIDES)
         check_dictionary(self.dictionary)
+        check_transform(self.dictionary, self.transform, self.materialize)
         check_choice("ranking", self.ranking, RANKINGS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed: {self.seed!r} is not allowed; allowed: an integer")
@@ -74,9 +77,15 @@ class Recipe:
         }
 
 
+_COLUMN_OPTIONS = (
+    *("lr", "weight_decay", "rank", "side", "dictionary", "ranking", "seed"),
+    *("transform", "materialize"),
+)
+
+
 def column_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a parameter group that every recipe on dictionary columns has."""
-    return {key: group[key] for key in ("lr", "weight_decay", "rank", "side", "dictionary", "ranking", "seed")}
+    return {key: group[key] for key in _COLUMN_OPTIONS}
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,10 +50,11 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
     gradients = [local_gradient(matrix.parameter) for matrix, _ in wave]
     rows = fetch_rows(layouts, gradients, [matrix.dtype for matrix, _ in wave])
     dictionaries = [_dictionary(matrix, recipe, cache) for matrix, recipe in wave]
-    tasks = []
+    tasks, chosen_before = [], []
     for (matrix, recipe), own_rows, dictionary in zip(wave, rows, dictionaries, strict=True):
         own = {key: local(tensor) for key, tensor in state[matrix.parameter].items()}
         step = int(own["step"].add_(1))
+        chosen_before.append(own["indices"][: 0 if step == 1 else None].clone())
         rule = low_rank_rule(own_rows, own, step, recipe, matrix.layout.form, dictionary, matrix.layout.owned)
         tasks.append(Task(rule, matrix.layout.group))
     updates = run_rounds(tasks)
@@ -66,13 +67,24 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
     for index, (matrix, recipe) in enumerate(wave):
         scores, indices = updates[index].scores, updates[index].indices
         if scores is not None:
+            matrix.previous_indices = chosen_before[index]
             matrix.captured_energy = scores[indices].sum() / scores.sum()
         _apply(matrix, recipe, dictionaries[index], directions[index], indices, lifted[index], arrived[index])
 
 
 def _dictionary(matrix: BoundMatrix, recipe: Recipe, cache: DictionaryCache) -> Dictionary:
-    device = local(matrix.parameter).device
-    return cache.get(recipe.dictionary, matrix.layout.form.n, dtype=matrix.dtype, device=device, seed=recipe.seed)
+    transform = recipe.transform
+    if transform == "auto" and recipe.materialize and matrix.layout.repeated:
+        transform = "gemm"  # ranks that repeat the same work must round alike, so none may measure for itself
+    return cache.get(
+        recipe.dictionary,
+        matrix.layout.form.n,
+        dtype=matrix.dtype,
+        device=local(matrix.parameter).device,
+        seed=recipe.seed,
+        transform=transform,
+        materialize=recipe.materialize,
+    )
 
 
 def _lift(update: Update, dictionary: Dictionary) -> Tensor:

@@ -149,6 +149,10 @@ class FlatRows(Layout):
         return "own rows"
 
     @property
+    def repeated(self) -> bool:
+        return self.exchanges  # torn rows
+
+    @property
     def largest_block(self) -> int:
         return max(each.last_row - each.first_row for each in self.slices)
 

@@ -133,6 +133,11 @@ class Layout:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
+    def repeated(self) -> bool:
+        """Whether other ranks do the same work on the same rows: the replicas of HSDP, a replicated DTensor."""
+        return self.mesh is not None and self.mesh.size() > self.group_size
+
+    @property
     def largest_block(self) -> int:
         """Rows of the fullest rank: the same number on every rank, so fit for decisions that all must share."""
         return -(-self.form.rows // self.group_size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dist_lowrank.config import ConfigError
 from dist_lowrank.config.schema import AdamWConfig, RunConfig
-from dist_lowrank.dictionaries import check_dictionary
+from dist_lowrank.dictionaries import check_dictionary, check_transform
 from dist_lowrank.optim.dense import arithmetic_dtype
 from dist_lowrank.sharding.layouts import LayoutError, TallForm
 from dist_lowrank.strategies import shard_count, shard_dimension
@@ -34,8 +34,9 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
 
     Raises:
         ConfigError: what would keep the run from starting: a model that cannot be built, a pattern that matches
-            nothing, a dictionary without the size.
+            nothing, a dictionary without the size or without the transform.
     """
+    _check_transform(config)
     model = build_model(config, meta=True)
     groups = route(model, config.model)
     forms = low_rank_forms(groups, config)
@@ -72,6 +73,16 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
             )
         )
     return rows
+
+
+def _check_transform(config: RunConfig) -> None:
+    options = config.optimizer
+    if isinstance(options, AdamWConfig):
+        return
+    try:
+        check_transform(options.dictionary, options.transform, options.materialize)
+    except ValueError as error:
+        raise ConfigError(f"optimizer.{error}") from error
 
 
 def _checked_dimension(form: TallForm, shards: int, name: str, config: RunConfig) -> int:
