@@ -33,6 +33,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description
 Dictionary = Literal["dct2", "dct3", "hadamard", "random", "identity"]
 Ranking = Literal["l2", "l1"]
 Side = Literal["shorter", "longer", "right", "left"]
+WeightRounding = Literal["nearest", "stochastic"]  # of bf16 weights
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -123,9 +124,20 @@ class DCTAdamWConfig:
     ranking: Ranking = "l2"
     side: Side = "shorter"
     transition: Literal["move", "reset", "keep"] = "move"
-    error_feedback: Literal["none", "fp32"] = "none"
+    error_feedback: Literal["none", "fp32", "bf16", "int8", "int4"] = "none"
+    error_feedback_momentum: bool = False
     column_bias_correction: bool = False
-    moment_dtype: Literal["fp32", "bf16"] | None = None
+    moment_dtype: Literal["fp32", "bf16", "int8"] | None = None
+    weight_rounding: WeightRounding = "nearest"
+
+    @model_validator(mode="after")
+    def _momentum_has_where_to_go(self) -> DCTAdamWConfig:
+        if self.error_feedback_momentum and (self.error_feedback == "none" or self.transition != "move"):
+            raise ValueError(
+                f"error_feedback_momentum: true is not allowed with error_feedback={self.error_feedback} and "
+                f"transition={self.transition}; allowed: false, or error_feedback other than none and transition=move"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -143,6 +155,7 @@ class TrionConfig:
     dense_lr: PositiveFloat = 3e-4
     dense_betas: tuple[Beta, Beta] = (0.9, 0.95)
     dense_eps: PositiveFloat = 1e-8
+    weight_rounding: WeightRounding = "nearest"
 
 
 @dataclass(frozen=True, config=_CONFIG)

@@ -47,6 +47,7 @@ class BoundGroup:
 
     matrices: list[BoundMatrix] = field(default_factory=list)
     dense: list[Tensor] = field(default_factory=list)
+    dense_names: dict[Tensor, str] = field(default_factory=dict)
     fresh_replicas: list[tuple[str, Tensor]] = field(default_factory=list)  # plain, by name, not bound before
 
 
@@ -81,11 +82,17 @@ def bind_group(
     for name, parameter in zip(map(canonical_name, names), parameters, strict=True):
         if parameter.is_complex():
             raise ValueError(f"parameter {name!r} is complex, {parameter.dtype}; allowed: real floating-point dtypes")
+        if parameter.dtype == torch.float16 and recipe.weight_rounding == "stochastic":
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype}, which weight_rounding='stochastic' does not round; allowed: "
+                "bfloat16 (float32 and float64 need no rounding), or weight_rounding='nearest'"
+            )
         plain = not isinstance(parameter, DTensor)
         if plain and parameter not in state:
             bound.fresh_replicas.append((name, parameter))
         if not is_low_rank(parameter, group):
             bound.dense.append(parameter)
+            bound.dense_names[parameter] = name
             if parameter not in state:
                 state[parameter] = dense_state(parameter)
             continue

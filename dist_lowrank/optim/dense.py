@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from dist_lowrank.optim.options import check_betas, check_number
+from dist_lowrank.optim.rounding import RandomBits, store_weight
 from dist_lowrank.sharding.layouts import local
 
 
@@ -22,6 +23,8 @@ class DenseOptions:
     eps: float
     weight_decay: float
     prefix: str = ""  # of the options' names in errors
+    weight_rounding: str = "nearest"
+    seed: int = 0  # of stochastic rounding
 
     def __post_init__(self) -> None:
         check_number(f"{self.prefix}lr", self.lr)
@@ -47,7 +50,9 @@ def dense_state(parameter: Tensor) -> dict[str, Tensor]:
     }
 
 
-def dense_step(parameters: Sequence[Tensor], states: Sequence[dict[str, Tensor]], options: DenseOptions) -> None:
+def dense_step(
+    parameters: Sequence[Tensor], states: Sequence[dict[str, Tensor]], names: Sequence[str], options: DenseOptions
+) -> None:
     """One step of AdamW (arXiv 1711.05101) for parameters of one group that have gradients.
 
     Works on local tensors: AdamW is element-wise. Parameters of less than float32 are updated in float32 and rounded.
@@ -72,6 +77,7 @@ def dense_step(parameters: Sequence[Tensor], states: Sequence[dict[str, Tensor]]
         eps=options.eps,
         maximize=False,
     )
-    for weight, updated in zip(weights, wide, strict=True):
+    for parameter, weight, updated, state, name in zip(parameters, weights, wide, states, names, strict=True):
         if updated is not weight:
-            weight.copy_(updated)
+            step = int(state["step"]) if options.weight_rounding == "stochastic" else 0  # on a GPU it waits for it
+            store_weight(parameter, updated, options.weight_rounding, RandomBits(options.seed, name, step))

@@ -24,6 +24,7 @@ from dist_lowrank.optim.binding import BoundGroup, BoundMatrix, bind_group, chec
 from dist_lowrank.optim.dense import DenseOptions, dense_step
 from dist_lowrank.optim.options import check_count
 from dist_lowrank.optim.recipe import SCALES, Recipe, Update, low_rank_rule
+from dist_lowrank.optim.rounding import RandomBits, RowNoise, store_weight
 from dist_lowrank.optim.state_dict import load_into, validate_state_dict
 from dist_lowrank.sharding.layouts import local
 from dist_lowrank.sharding.rounds import Task, gather_rows, run_rounds
@@ -102,7 +103,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group, bound in groups:
             dense = [parameter for parameter in bound.dense if parameter.grad is not None]
             if dense:
-                dense_step(dense, [self.state[parameter] for parameter in dense], self.dense_options(group))
+                states, names = [self.state[p] for p in dense], [bound.dense_names[p] for p in dense]
+                dense_step(dense, states, names, self.dense_options(group))
         return loss
 
     def _waves(self, jobs: list[tuple[BoundMatrix, Recipe]]) -> Iterator[list[tuple[BoundMatrix, Recipe]]]:
@@ -130,7 +132,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             rows = matrix.layout.rows(local(gradient)).to(matrix.dtype)  # (l, n)
             state = {key: local(tensor) for key, tensor in self.state[matrix.parameter].items()}
             step = int(state["step"].add_(1))
-            rule = low_rank_rule(rows, state, step, recipe, matrix.layout.form, self._dictionary(matrix, recipe))
+            form, dictionary = matrix.layout.form, self._dictionary(matrix, recipe)
+            noise = RowNoise(RandomBits(recipe.seed, matrix.name, step), matrix.layout.start)
+            rule = low_rank_rule(rows, state, step, recipe, form, dictionary, noise)
             tasks.append(Task(rule, matrix.layout.group))
         updates = self._gather([matrix for matrix, _ in wave], run_rounds(tasks))
         for (matrix, recipe), update in zip(wave, updates, strict=True):
@@ -163,7 +167,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             scale=-float(recipe.lr) * SCALES[recipe.scale](*matrix.layout.form.shape),
         )
         if target is not weight:
-            weight.copy_(target)
+            random = RandomBits(recipe.seed, matrix.name, int(self._state[matrix.parameter]["step"]))
+            store_weight(matrix.parameter, matrix.layout.form.view(target), recipe.weight_rounding, random)
 
     def _dictionary(self, matrix: BoundMatrix, recipe: Recipe) -> Dictionary:
         device = local(matrix.parameter).device

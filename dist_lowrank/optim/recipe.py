@@ -19,10 +19,11 @@ from torch import Tensor
 
 from dist_lowrank.dictionaries import Dictionary, check_dictionary
 from dist_lowrank.optim.moments import Moments
-from dist_lowrank.optim.options import check_choice, check_count, check_number, check_rank
+from dist_lowrank.optim.options import check_choice, check_count, check_number, check_rank, refuse
 from dist_lowrank.optim.residuals import Residual
+from dist_lowrank.optim.rounding import WEIGHT_ROUNDINGS, RowNoise
 from dist_lowrank.optim.state import StateTensor
-from dist_lowrank.optim.transitions import TRANSITIONS, change_columns
+from dist_lowrank.optim.transitions import TRANSITIONS, change_columns, return_dropped
 from dist_lowrank.sharding.layouts import SIDES, TallForm
 from dist_lowrank.sharding.rounds import Rule
 from dist_lowrank.subspaces import RANKINGS, column_scores, index_dtype, top_columns
@@ -51,6 +52,8 @@ class Recipe:
     residual: Residual
     transition: str = "move"
     scale: str = "none"
+    return_momentum: bool = False  # of columns that are dropped, to the residual
+    weight_rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         check_number("lr", self.lr)
@@ -64,6 +67,14 @@ class Recipe:
         check_count("refresh_interval", self.refresh_interval)
         check_choice("transition", self.transition, TRANSITIONS)
         check_choice("scale", self.scale, tuple(SCALES))
+        check_choice("weight_rounding", self.weight_rounding, WEIGHT_ROUNDINGS)
+        if self.return_momentum and not self.residual.needs_coordinates:
+            raise refuse("error_feedback_momentum", True, "False without error_feedback, which is 'none'")
+        if self.return_momentum and self.transition != "move":
+            # The others keep the momentum of columns that leave, or drop also that of columns that stay.
+            raise refuse(
+                "error_feedback_momentum", True, f"False with transition={self.transition!r}, True with 'move'"
+            )
 
     def state(self, form: TallForm, dtype: torch.dtype) -> dict[str, StateTensor]:
         """All state of one matrix whose update is computed in `dtype`."""
@@ -84,7 +95,13 @@ class Update:
 
 
 def low_rank_rule(
-    rows: Tensor, state: Mapping[str, Tensor], step: int, recipe: Recipe, form: TallForm, dictionary: Dictionary
+    rows: Tensor,
+    state: Mapping[str, Tensor],
+    step: int,
+    recipe: Recipe,
+    form: TallForm,
+    dictionary: Dictionary,
+    noise: RowNoise,
 ) -> Rule[Update]:
     """One update of one matrix.
 
@@ -92,20 +109,28 @@ def low_rank_rule(
         rows: this rank's rows of the gradient, (l, n), float32 or float64; not modified.
         state: this rank's tensors as `recipe.state` declares them; updated in place.
         step: number of this update, from 1. The columns are chosen at step 1 and at multiples of `refresh_interval`.
+        noise: random numbers of these rows at this step.
     """
     refresh = step == 1 or step % recipe.refresh_interval == 0
-    indices, scores = state["indices"].long(), None
+    previous = indices = state["indices"].long()
+    scores = None
     if refresh or recipe.residual.needs_coordinates:
         coordinates = recipe.residual.add_stored(dictionary.transform(rows), state)  # (l, n)
         if refresh:
             scores = yield column_scores(coordinates, recipe.ranking)  # (n,)
-            chosen = top_columns(scores, form.rank)
-            change_columns(recipe.transition, recipe.moments.columns(state), indices, chosen, form.n)
-            state["indices"].copy_(chosen)
-            indices = chosen
+            indices = top_columns(scores, form.rank)
+            state["indices"].copy_(indices)
         coefficients = coordinates.index_select(1, indices)  # (l, r)
-        recipe.residual.store(coordinates, indices, coefficients, state)
     else:
         coefficients = dictionary.project(rows, indices)
-    direction = yield from recipe.moments.direction(coefficients, state, step)
+    moments = recipe.moments.read(state, coefficients)
+    if refresh:
+        momentum = recipe.moments.undelivered(moments) if recipe.return_momentum else None
+        if momentum is not None:
+            return_dropped(coordinates, momentum, previous, indices)
+        change_columns(recipe.transition, moments.values(), previous, indices, form.n)
+    if recipe.residual.needs_coordinates:
+        recipe.residual.store(coordinates, indices, coefficients, state)
+    direction = yield from recipe.moments.direction(coefficients, moments, step)
+    recipe.moments.write(moments, state, noise)
     return Update(direction, indices, scores)

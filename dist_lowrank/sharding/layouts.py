@@ -189,3 +189,22 @@ def local_part(full: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> Ten
 def local(tensor: Tensor) -> Tensor:
     """The local tensor of a DTensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def global_offset(tensor: Tensor) -> tuple[int, ...]:
+    """Where in the global tensor this rank's local part begins, per dimension; zeros for a plain tensor.
+
+    Raises:
+        LayoutError: for placements other than Shard and Replicate, whose local part is no block.
+    """
+    lengths, offset = list(tensor.shape), [0] * tensor.ndim
+    if isinstance(tensor, DTensor):
+        for axis, placement in enumerate(tensor.placements):
+            if type(placement) is Shard:
+                dim, mesh = placement.dim, tensor.device_mesh
+                start, stop = chunk_range(lengths[dim], mesh.size(axis), mesh.get_local_rank(axis))
+                offset[dim] += start
+                lengths[dim] = stop - start
+            elif not isinstance(placement, Replicate):
+                raise LayoutError(f"placement {placement} is not supported; allowed: Shard, Replicate")
+    return tuple(offset)
