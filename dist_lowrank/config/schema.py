@@ -184,9 +184,13 @@ class StrategyConfig:
 
 @dataclass(frozen=True, config=_CONFIG)
 class PrecisionConfig:
-    """fp32; bf16: bf16 forward and backward over fp32 weights, gradients reduced in fp32; fp64: for exactness tests."""
+    """How weights are kept and multiplied.
 
-    name: Literal["fp32", "bf16", "fp64"]
+    fp32; bf16: bf16 forward and backward over fp32 weights, gradients reduced in fp32; bf16_weights: weights themselves
+    in bf16 (see the optimizers' `weight_rounding`); fp64: for exactness tests.
+    """
+
+    name: Literal["fp32", "bf16", "bf16_weights", "fp64"]
 
 
 @dataclass(frozen=True, config=_CONFIG)
