@@ -22,7 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_lowrank.config.schema import PrecisionConfig, StrategyConfig
 from dist_lowrank.sharding.layouts import LayoutError, TallForm
 
-WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+WEIGHT_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.float32,
+    "bf16_weights": torch.bfloat16,
+    "fp64": torch.float64,
+}
 
 
 def shard_count(strategy: StrategyConfig, world_size: int) -> int:
@@ -84,7 +89,7 @@ def apply_strategy(
         "reshard_after_forward": strategy.reshard_after_forward,
         "shard_placement_fn": lambda parameter: Shard(dimensions.get(id(parameter), 0)),
     }
-    if precision.name == "bf16":
+    if precision.name in ("bf16", "bf16_weights"):
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in blocks:
         fully_shard(block, **options)

@@ -64,6 +64,19 @@ def newton_schulz(factor: Tensor, steps: int) -> Tensor:
     return x.T if transposed else x
 
 
+def quantized_rows(values: Tensor, bits: int) -> Tensor:
+    """Asymmetric min-max, one bucket per row: u = (max - min) / levels, x' = floor((x - min) / u + 0.5) u + min.
+
+    Least value and step are kept in float32.
+    """
+    rows = []
+    for row in values.numpy():
+        least = np.float64(np.float32(row.min()))
+        step = np.float64(np.float32((row.max() - least) / (2**bits - 1)))
+        rows.append(row if step == 0 else np.floor((row - least) / step + 0.5) * step + least)
+    return torch.from_numpy(np.stack(rows))
+
+
 class ReferenceAdamW:
     """Decoupled AdamW (arXiv 1711.05101)."""
 
@@ -139,13 +152,15 @@ class ReferenceDCTAdamW(_ReferenceMatrix):
         side: str = "shorter",
         transition: str = "move",
         error_feedback: str = "none",
+        error_feedback_momentum: bool = False,
         column_bias_correction: bool = False,
     ) -> None:
         super().__init__(weight, rank, dictionary, ranking, side)
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.refresh_interval = refresh_interval
         self.transition = transition
-        self.with_error_feedback = error_feedback != "none"
+        self.error_feedback = error_feedback
+        self.error_feedback_momentum = error_feedback_momentum
         self.column_bias_correction = column_bias_correction
         self.m = torch.zeros(self.L, self.r, dtype=torch.float64)
         self.v = torch.zeros(self.L, self.r, dtype=torch.float64)
@@ -158,15 +173,19 @@ class ReferenceDCTAdamW(_ReferenceMatrix):
         self.weight = (1 - self.lr * self.weight_decay) * self.weight
 
         A = self.tall(gradient.double() + self.error)  # (L, n)
+        returned = torch.zeros_like(A)
         if self.t == 1 or self.t % self.refresh_interval == 0:
             previous = self.indices
             self.indices = select(A @ self.D, self.r, self.ranking)
             if self.t > 1:
+                before = self.m @ self.D[:, previous].T
                 self._carry_moments(previous)
+                if self.error_feedback_momentum:  # LDAdam's generalised error feedback (arXiv 2410.16103)
+                    returned = b1 / (1 - b1) * (before - self.m @ self.D[:, self.indices].T)
         basis = self.D[:, self.indices]  # (n, r)
         a = A @ basis  # (L, r)
-        if self.with_error_feedback:
-            self.error = self.untall(A - a @ basis.T)
+        if self.error_feedback != "none":
+            self.error = self.untall(self._as_stored(A - a @ basis.T + returned))
 
         self.m = b1 * self.m + (1 - b1) * a
         self.v = b2 * self.v + (1 - b2) * a * a
@@ -174,6 +193,14 @@ class ReferenceDCTAdamW(_ReferenceMatrix):
         count = self.age if self.column_bias_correction else torch.full_like(self.age, self.t)
         u = (self.m / (1 - b1**count)) / ((self.v / (1 - b2**count)).sqrt() + self.eps)
         self.weight = self.weight - self.lr * self.untall(u @ basis.T)
+
+    def _as_stored(self, error: Tensor) -> Tensor:
+        """An error (L, n) in space as its coordinates come back from storage."""
+        if self.error_feedback in ("int8", "int4"):
+            return quantized_rows(error @ self.D, int(self.error_feedback.removeprefix("int"))) @ self.D.T
+        if self.error_feedback == "bf16":
+            return (error @ self.D).bfloat16().double() @ self.D.T
+        return error
 
     def _carry_moments(self, previous: list[int]) -> None:
         if self.transition == "move":

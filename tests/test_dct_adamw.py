@@ -52,6 +52,15 @@ OPTIONS: list[dict[str, Any]] = [
     {"error_feedback": "fp32", "transition": "keep", "ranking": "l1", "dictionary": "dct3"},
     {"error_feedback": "fp32", "column_bias_correction": True, "side": "left", "rank": 0.5},
     {"error_feedback": "fp32", "rank": 1.0},
+    {"error_feedback": "fp32", "error_feedback_momentum": True},
+    {"error_feedback": "fp32", "error_feedback_momentum": True, "refresh_interval": 3, "side": "longer"},
+    {"error_feedback": "bf16"},
+    {"error_feedback": "int8"},
+    {"error_feedback": "int8", "side": "longer", "refresh_interval": 3},
+    {"error_feedback": "int8", "error_feedback_momentum": True, "dictionary": "dct3", "betas": (0.8, 0.95)},
+    {"error_feedback": "int4"},
+    {"error_feedback": "int4", "side": "longer", "ranking": "l1", "column_bias_correction": True},
+    {"error_feedback": "int4", "error_feedback_momentum": True, "refresh_interval": 3},
 ]
 
 
@@ -207,6 +216,112 @@ def test_error_feedback_loses_nothing_and_stays_within_its_bound() -> None:
         fed = (gradient + before @ D.T).square().sum()
         assert error.square().sum() <= (1 - r / 10) * fed * (1 + 1e-6)
         before = error
+
+
+@pytest.mark.parametrize("refresh_interval", [1, 4])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
+def test_returning_dropped_momentum_applies_every_gradient_in_full(beta: float, refresh_interval: int) -> None:
+    """What the first moments applied, what they still will, and the error add up to the gradients."""
+    D = dense_dictionary("dct2", 10)
+    sums: dict[bool, torch.Tensor] = {}
+    for returned in (True, False):
+        parameter = Parameter(initial_weight((15, 10)))
+        optimizer = DCTAdamW(
+            [parameter],
+            betas=(beta, 0.9),
+            rank=3,
+            error_feedback="fp32",
+            error_feedback_momentum=returned,
+            refresh_interval=refresh_interval,
+        )
+        total = torch.zeros(15, 10).double()
+        for gradient in prescribed_gradients((15, 10), 30):
+            feed(optimizer, [parameter], [gradient])
+            state = optimizer.state[parameter]
+            moment = state["exp_avg"] @ D[:, state["indices"].long()].T
+            total += moment - gradient
+        sums[returned] = total + beta / (1 - beta) * moment + state["error_feedback"].double() @ D.T
+    torch.testing.assert_close(sums[True], torch.zeros_like(sums[True]), rtol=0, atol=1e-4)
+    assert bool((sums[False].abs() > 0.1).any()) == (beta > 0)  # without it, momentum is lost
+
+
+@pytest.mark.parametrize("error_feedback", ["int8", "int4"])
+def test_low_bit_error_feedback_is_the_error_to_half_a_step_of_its_row(error_feedback: str) -> None:
+    levels = 2 ** int(error_feedback.removeprefix("int")) - 1
+    D = dense_dictionary("dct2", 11)
+    parameter = Parameter(initial_weight((15, 11)))
+    optimizer = DCTAdamW([parameter], rank=3, error_feedback=error_feedback)
+    before = torch.zeros(15, 11, dtype=torch.float64)  # in coordinates, as decoded
+    for gradient in prescribed_gradients((15, 11), 20):
+        feed(optimizer, [parameter], [gradient])
+        state = optimizer.state[parameter]
+        codes, ranges = state["error_feedback"], state["error_feedback_ranges"].double()
+        assert codes.dtype == torch.uint8
+        if error_feedback == "int4":
+            assert codes.shape == (15, 6)
+            codes = torch.stack([codes % 16, codes // 16], dim=2).reshape(15, 12)[:, :11]
+        stored = codes.double() * ranges[:, 1:] + ranges[:, :1]
+        exact = gradient @ D + before
+        exact[:, state["indices"].long()] = 0
+        span = exact.amax(1, keepdim=True) - exact.amin(1, keepdim=True)
+        assert ((stored - exact).abs() <= span / levels / 2 * (1 + 1e-4)).all()
+        before = stored
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.9, 0.999)], ids=str)
+@pytest.mark.parametrize("decades", [0, 2, 4])
+def test_int8_moments_descend_a_noisy_quadratic_as_float32_does(decades: float, betas: tuple[float, float]) -> None:
+    """Curvatures `decades` apart within one row: evenly spaced codes would take the flat directions for zero."""
+    losses = {}
+    for moment_dtype in (torch.float32, torch.int8):
+        generator = torch.Generator().manual_seed(1)
+        curvature = 10 ** (-decades * torch.rand(24, 40, generator=generator))
+        weight = Parameter(torch.randn(24, 40, generator=generator))
+        options = {"rank": 1.0, "dictionary": "identity", "side": "right", "moment_dtype": moment_dtype}
+        optimizer = DCTAdamW([weight], lr=0.02, betas=betas, **options)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / 300)
+        for _ in range(300):
+            before = weight.detach().clone()
+            noise = 0.3 * torch.randn(24, 40, generator=generator)
+            weight.grad = curvature * (before + noise)
+            optimizer.step()
+            assert (weight.detach() - before).abs().max() < 2 * 0.02  # no direction explodes
+            schedule.step()
+        losses[moment_dtype] = float((curvature * weight.detach().square()).sum())
+    assert losses[torch.int8] == pytest.approx(losses[torch.float32], rel=0.1)
+
+
+@pytest.mark.parametrize("column_bias_correction", [False, True])
+def test_int8_moments_move_with_their_columns_and_fresh_columns_start_at_zero(column_bias_correction: bool) -> None:
+    parameter = Parameter(torch.zeros(6, 8, dtype=torch.float64))
+    options = {"dictionary": "identity", "moment_dtype": torch.int8, "column_bias_correction": column_bias_correction}
+    optimizer = DCTAdamW([parameter], rank=2, side="right", betas=(0.5, 0.5), **options)
+    rows = 2.0 ** torch.arange(6, dtype=torch.float64)
+
+    def moments() -> tuple[list[int], torch.Tensor, torch.Tensor]:
+        state = optimizer.state[parameter]
+        assert state["exp_avg"].dtype == torch.int8
+        assert state["exp_avg_sq"].dtype == torch.uint8
+        assert state["exp_avg_scales"].dtype == state["exp_avg_sq_scales"].dtype == torch.float32
+        decoded = [
+            state[f"{name}_scales"].double() * 2 ** ((state[name].double().abs() - top) / 8) * state[name].sign()
+            for name, top in (("exp_avg", 127), ("exp_avg_sq", 255))
+        ]
+        return state["indices"].tolist(), decoded[0], decoded[1]
+
+    gradient = torch.zeros(6, 8, dtype=torch.float64)
+    gradient[:, 1], gradient[:, 5] = rows, -4 * rows
+    feed(optimizer, [parameter], [gradient])
+    assert moments()[0] == [1, 5]
+    gradient = torch.zeros(6, 8, dtype=torch.float64)
+    gradient[:, 5], gradient[:, 7] = -4 * rows, 16 * rows
+    feed(optimizer, [parameter], [gradient])
+    indices, mean, square = moments()
+    assert indices == [5, 7]
+    torch.testing.assert_close(mean[:, 0], -3 * rows, rtol=0.1, atol=0)  # half of -2 and half of -4
+    torch.testing.assert_close(square[:, 0], 12 * rows**2, rtol=0.1, atol=0)
+    torch.testing.assert_close(mean[:, 1], 8 * rows)  # the largest of their rows are exact
+    torch.testing.assert_close(square[:, 1], 128 * rows**2)
 
 
 @pytest.mark.parametrize("refresh_interval", [1, 3, 7])

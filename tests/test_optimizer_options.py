@@ -15,7 +15,8 @@ NAMES = {
     "ranking": ["l1", "l2"],
     "side": ["shorter", "longer", "right", "left"],
     "transition": ["move", "reset", "keep"],
-    "error_feedback": ["none", "fp32"],
+    "error_feedback": ["none", "fp32", "bf16", "int8", "int4"],
+    "weight_rounding": ["nearest", "stochastic"],
     "scale": ["spectral", "match_rms_adamw", "none"],
 }
 BAD_IN_BOTH: list[tuple[str, Any]] = [
@@ -27,6 +28,7 @@ BAD_IN_BOTH: list[tuple[str, Any]] = [
     *(("side", value) for value in ("short", "RIGHT", 1)),
     *(("lr", value) for value in (-1e-3, float("nan"), float("inf"), "fast")),
     *(("weight_decay", value) for value in (-0.1, float("nan"))),
+    *(("weight_rounding", value) for value in ("up", True)),
 ]
 BAD: list[tuple[str, str, Any]] = [
     *((kind, key, value) for kind in KINDS for key, value in BAD_IN_BOTH),
@@ -34,8 +36,9 @@ BAD: list[tuple[str, str, Any]] = [
     *(("dct_adamw", "eps", value) for value in (-1e-8, float("nan"))),
     *(("dct_adamw", "refresh_interval", value) for value in (0, -1, 1.5, "a")),
     ("dct_adamw", "transition", "rotate"),
-    ("dct_adamw", "error_feedback", "int8"),
-    ("dct_adamw", "moment_dtype", torch.int8),
+    *(("dct_adamw", "error_feedback", value) for value in ("fp16", None, 8)),
+    *(("dct_adamw", "error_feedback_momentum", value) for value in (True, "yes")),  # needs error_feedback
+    *(("dct_adamw", "moment_dtype", value) for value in (torch.int16, "int8")),
     *(("trion", "momentum", value) for value in (1.0, -0.1)),
     *(("trion", "newton_schulz_steps", value) for value in (0, -1, 1.5)),
     ("trion", "scale", "muon"),
@@ -94,3 +97,25 @@ def test_transforms_that_a_dictionary_does_not_have_are_refused_with_the_reason(
 def test_an_unknown_argument_is_refused(kind: str) -> None:
     with pytest.raises(TypeError, match="rnak"):
         make(kind, make_parameters([(8, 6)]), rnak=3)
+
+
+@pytest.mark.parametrize("transition", ["reset", "keep"])
+def test_returning_dropped_momentum_is_refused_where_columns_do_not_take_theirs_along(transition: str) -> None:
+    with pytest.raises(ValueError, match=f"error_feedback_momentum: True .* transition='{transition}'"):
+        make(
+            "dct_adamw",
+            make_parameters([(8, 6)]),
+            error_feedback="fp32",
+            error_feedback_momentum=True,
+            transition=transition,
+        )
+
+
+@both
+@pytest.mark.parametrize("shape", [(8, 6), (6,)], ids=str)
+def test_stochastic_rounding_of_float16_is_refused_with_the_name_of_the_parameter(
+    kind: str, shape: tuple[int, ...]
+) -> None:
+    parameters = make_parameters([shape], torch.float16)
+    with pytest.raises(ValueError, match=r"attention\.q.*bfloat16"):
+        train(make(kind, [("attention.q", parameters[0])], weight_rounding="stochastic"), parameters, steps=1)

@@ -32,7 +32,21 @@ def state_variants() -> list[Any]:
         pytest.param("dct_adamw", torch.float64, rich, id="dct_adamw-float64-error-feedback-ages"),
         pytest.param("dct_adamw", torch.bfloat16, rich, id="dct_adamw-bf16-weights"),
         pytest.param("dct_adamw", torch.float32, {"moment_dtype": torch.bfloat16}, id="dct_adamw-bf16-moments"),
+        pytest.param(
+            "dct_adamw",
+            torch.float32,
+            {"moment_dtype": torch.int8, "error_feedback": "int8", "column_bias_correction": True},
+            id="dct_adamw-int8",
+        ),
+        pytest.param(
+            "dct_adamw",
+            torch.bfloat16,
+            {"error_feedback": "int4", "error_feedback_momentum": True, "weight_rounding": "stochastic", "seed": 3},
+            id="dct_adamw-bf16-weights-int4",
+        ),
+        pytest.param("dct_adamw", torch.float32, {"error_feedback": "bf16"}, id="dct_adamw-bf16-error-feedback"),
         pytest.param("trion", torch.float32, {}, id="trion"),
+        pytest.param("trion", torch.bfloat16, {"weight_rounding": "stochastic"}, id="trion-bf16-weights-stochastic"),
         pytest.param("trion", torch.bfloat16, {"dictionary": "random", "seed": 3}, id="trion-bf16-weights-random"),
     ]
 

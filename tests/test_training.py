@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dist_lowrank.config import RunFolder
 from dist_lowrank.telemetry.console import Console
 from dist_lowrank.telemetry.metrics import MetricsWriter
+from dist_lowrank.training.parameter_table import parameter_table
 from dist_lowrank.training.run import Trainer, train
 
 
@@ -183,3 +184,36 @@ def test_compiled_blocks_follow_the_same_trajectory(text: str, tmp_path: Path) -
         folder = folder_of(overrides_for(text, tmp_path, *more))
         found.append(losses(run_on_ranks(2, run_loop, folder, timeout_seconds=280)[0]))
     torch.testing.assert_close(found[1], found[0], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"error_feedback": "int4", "moment_dtype": "int8"}], ids=str)
+def test_the_parameter_table_tells_the_bytes_of_state_that_are_held(
+    text: str, tmp_path: Path, options: dict[str, str]
+) -> None:
+    more = [f"optimizer.{key}={value}" for key, value in options.items()]
+    folder = folder_of(overrides_for(text, tmp_path, "strategy=ddp", "train.steps=1", *more))
+    (result,) = run_on_ranks(1, run_loop, folder)
+    causes = ("moments", "dense_moments", "indices", "error_feedback", "other_state")
+    held = sum(result["entries"][1][f"memory_bytes/{cause}"] for cause in causes)
+    assert sum(row.state_bytes for row in parameter_table(folder.config(), 1)) == held
+
+
+@pytest.mark.parametrize(("optimizer", "strategy"), [("dct_adamw", "fsdp"), ("trion", "ddp")])
+def test_bf16_weights_train_and_notice_small_updates_with_stochastic_rounding(
+    text: str, tmp_path: Path, optimizer: str, strategy: str
+) -> None:
+    common = [f"optimizer={optimizer}", "precision=bf16_weights", f"strategy={strategy}", "train.steps=2"]
+    rates = {"dct_adamw": ["optimizer.lr=1e-6"], "trion": ["optimizer.lr=2e-5", "optimizer.dense_lr=1e-6"]}
+    common += rates[optimizer]
+    found = {}
+    for rounding in ("nearest", "stochastic"):
+        folder = folder_of(overrides_for(text, tmp_path, *common, f"optimizer.weight_rounding={rounding}"))
+        result = run_on_ranks(2, run_loop, folder)[0]
+        assert all(math.isfinite(loss) for loss in losses(result))
+        found[rounding] = result["weights"]
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"):  # dense and low-rank
+        left, right = found["nearest"][name], found["stochastic"][name]
+        assert left.dtype == right.dtype == torch.bfloat16
+        assert (left != right).any()
+        # Not more than a step of bf16 apart, or the updates themselves where weights are that small.
+        torch.testing.assert_close(left, right, rtol=2.0**-6, atol=1e-4)

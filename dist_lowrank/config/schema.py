@@ -34,6 +34,7 @@ Dictionary = Literal["dct2", "dct3", "hadamard", "random", "identity"]
 Transform = Literal["gemm", "fft", "auto"]
 Ranking = Literal["l2", "l1"]
 Side = Literal["shorter", "longer", "right", "left"]
+WeightRounding = Literal["nearest", "stochastic"]  # of bf16 weights
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -126,9 +127,20 @@ class DCTAdamWConfig:
     ranking: Ranking = "l2"
     side: Side = "shorter"
     transition: Literal["move", "reset", "keep"] = "move"
-    error_feedback: Literal["none", "fp32"] = "none"
+    error_feedback: Literal["none", "fp32", "bf16", "int8", "int4"] = "none"
+    error_feedback_momentum: bool = False
     column_bias_correction: bool = False
-    moment_dtype: Literal["fp32", "bf16"] | None = None
+    moment_dtype: Literal["fp32", "bf16", "int8"] | None = None
+    weight_rounding: WeightRounding = "nearest"
+
+    @model_validator(mode="after")
+    def _momentum_has_where_to_go(self) -> DCTAdamWConfig:
+        if self.error_feedback_momentum and (self.error_feedback == "none" or self.transition != "move"):
+            raise ValueError(
+                f"error_feedback_momentum: true is not allowed with error_feedback={self.error_feedback} and "
+                f"transition={self.transition}; allowed: false, or error_feedback other than none and transition=move"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -148,6 +160,7 @@ class TrionConfig:
     dense_lr: PositiveFloat = 3e-4
     dense_betas: tuple[Beta, Beta] = (0.9, 0.95)
     dense_eps: PositiveFloat = 1e-8
+    weight_rounding: WeightRounding = "nearest"
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -176,9 +189,13 @@ class StrategyConfig:
 
 @dataclass(frozen=True, config=_CONFIG)
 class PrecisionConfig:
-    """fp32; bf16: bf16 forward and backward over fp32 weights, gradients reduced in fp32; fp64: for exactness tests."""
+    """How weights are kept and multiplied.
 
-    name: Literal["fp32", "bf16", "fp64"]
+    fp32; bf16: bf16 forward and backward over fp32 weights, gradients reduced in fp32; bf16_weights: weights themselves
+    in bf16 (see the optimizers' `weight_rounding`); fp64: for exactness tests.
+    """
+
+    name: Literal["fp32", "bf16", "bf16_weights", "fp64"]
 
 
 @dataclass(frozen=True, config=_CONFIG)

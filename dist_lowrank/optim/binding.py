@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dist_lowrank.dictionaries import check_dictionary
-from dist_lowrank.optim.dense import arithmetic_dtype, dense_state
+from dist_lowrank.optim.dense import DenseParameter, arithmetic_dtype, dense_state
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.sharding.exchanged import FlatSlice, flat_layout
 from dist_lowrank.sharding.layouts import Layout, local, tall_form
@@ -57,7 +57,7 @@ class BoundGroup:
     """The parameters of one group, by path."""
 
     matrices: list[BoundMatrix] = field(default_factory=list)
-    dense: list[Tensor] = field(default_factory=list)
+    dense: list[DenseParameter] = field(default_factory=list)
     fresh_replicas: list[tuple[str, Tensor]] = field(default_factory=list)  # plain, by name, not bound before
     structure: tuple[Any, ...] = ()  # the options that fix the shapes and the meaning of state
 
@@ -75,6 +75,10 @@ class FlatPlace:
 
     slices: tuple[FlatSlice, ...]  # by rank
     group: dist.ProcessGroup
+
+    @property
+    def own(self) -> FlatSlice:
+        return self.slices[dist.get_rank(self.group)]
 
 
 def matrix_shape(parameter: Tensor, group: Mapping[str, Any], flat: FlatPlace | None) -> tuple[int, int] | None:
@@ -118,13 +122,18 @@ def bind_group(
             raise ValueError(f"parameter {name!r} is complex, {parameter.dtype}; allowed: real floating-point dtypes")
         if not is_trained(parameter):
             continue
+        if parameter.dtype == torch.float16 and recipe.weight_rounding == "stochastic":
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype}, which weight_rounding='stochastic' does not round; allowed: "
+                "bfloat16 (float32 and float64 need no rounding), or weight_rounding='nearest'"
+            )
         flat = flat_places.get(parameter)
         plain = flat is None and not isinstance(parameter, DTensor)
         if plain and not state.get(parameter):
             bound.fresh_replicas.append((name, parameter))
         shape = matrix_shape(parameter, group, flat)
         if shape is None:
-            bound.dense.append(parameter)
+            bound.dense.append(DenseParameter(name, parameter, None if flat is None else flat.own.start))
             if not state.get(parameter):
                 state[parameter] = dense_state(parameter)
             continue

@@ -13,10 +13,16 @@ from dist_lowrank.optim.moments import Adam
 from dist_lowrank.optim.options import check_choice
 from dist_lowrank.optim.recipe import Recipe, column_options
 from dist_lowrank.optim.residuals import Accumulate, Drop, Residual
+from dist_lowrank.optim.storage import Floats, Levels, Storage
 
-_RESIDUALS: dict[str, Residual] = {
-    "none": Drop(),
-    "fp32": Accumulate("error_feedback", "error_feedback", dtype=torch.float32),
+_STORAGES: dict[str, Storage] = {
+    "fp32": Floats(torch.float32),
+    "bf16": Floats(torch.bfloat16),
+    "int8": Levels(8),
+    "int4": Levels(4),
+}
+_RESIDUALS: dict[str, Residual] = {"none": Drop()} | {
+    name: Accumulate("error_feedback", "error_feedback", storage=storage) for name, storage in _STORAGES.items()
 }
 
 
@@ -56,11 +62,20 @@ class DCTAdamW(LowRankOptimizer):
         side: `shorter` compresses the shorter axis (square: right), `longer` the other, `right` axis 1, `left` axis 0.
             Decided from the global shape.
         transition: of the moments at a refresh: `move`, `reset`, `keep`.
-        error_feedback: `none`, or `fp32`: what was not selected returns with the next gradient.
+        error_feedback: `none`, or how to keep what was not selected, which returns with the next gradient: `fp32`,
+            `bf16`, or `int8`, `int4`, 256 or 16 levels between the least and the largest number of each row.
+        error_feedback_momentum: the momentum of a column that is no longer selected, `b1 / (1 - b1) m`, goes to the
+            error feedback instead of being dropped, so that every gradient is applied in full. Needs `error_feedback`
+            and `transition="move"`.
         column_bias_correction: bias-correct each column by its age instead of by the step.
-        moment_dtype: `torch.float32`, `torch.bfloat16`, or None for the dtype of the arithmetic, which is float32, or
-            float64 for float64 parameters.
-        seed: of the `random` dictionary.
+        moment_dtype: of the low-rank moments: `torch.float32`; `torch.bfloat16`, rounded to nearest, in which a second
+            moment stands still for betas near 1; `torch.int8`, 8-bit codes that are rounded such that the mean is
+            exact, and a float32 scale per row and 256 columns; or None for the dtype of the arithmetic, which is
+            float32, or float64 for float64 parameters.
+        weight_rounding: of bfloat16 weights: `nearest`, which loses updates below 1/512 of the weight, or
+            `stochastic`, up or down at random such that the mean is exact, from a hash of seed, parameter name, step
+            and position, so the same under every sharding. No effect on float32 and float64 weights.
+        seed: of the `random` dictionary and of rounding at random.
         process_group: ranks that hold replicas of plain-tensor parameters; default: the default group, if initialised.
             They divide the rows among them. No effect on DTensors.
         workspace_bytes: bound on the transient memory of a step; a single matrix may exceed it.
@@ -87,8 +102,10 @@ class DCTAdamW(LowRankOptimizer):
         side: str = "shorter",
         transition: str = "move",
         error_feedback: str = "none",
+        error_feedback_momentum: bool = False,
         column_bias_correction: bool = False,
         moment_dtype: torch.dtype | None = None,
+        weight_rounding: str = "nearest",
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
         workspace_bytes: int = WORKSPACE_BYTES,
@@ -108,8 +125,10 @@ class DCTAdamW(LowRankOptimizer):
             "side": side,
             "transition": transition,
             "error_feedback": error_feedback,
+            "error_feedback_momentum": error_feedback_momentum,
             "column_bias_correction": column_bias_correction,
             "moment_dtype": moment_dtype,
+            "weight_rounding": weight_rounding,
             "seed": seed,
         }
         super().__init__(
@@ -122,13 +141,23 @@ class DCTAdamW(LowRankOptimizer):
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         check_choice("error_feedback", group["error_feedback"], tuple(_RESIDUALS))
+        check_choice("error_feedback_momentum", group["error_feedback_momentum"], (False, True))
         return Recipe(
             **column_options(group),
             refresh_interval=group["refresh_interval"],
             moments=Adam(group["betas"], group["eps"], group["column_bias_correction"], group["moment_dtype"]),
             residual=_RESIDUALS[group["error_feedback"]],
             transition=group["transition"],
+            return_momentum=group["error_feedback_momentum"],
+            weight_rounding=group["weight_rounding"],
         )
 
     def dense_options(self, group: dict[str, Any]) -> DenseOptions:
-        return DenseOptions(group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        return DenseOptions(
+            group["lr"],
+            group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            weight_rounding=group["weight_rounding"],
+            seed=group["seed"],
+        )

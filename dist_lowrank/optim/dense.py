@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from dist_lowrank.optim.options import check_betas, check_number
+from dist_lowrank.optim.rounding import RandomBits, store_weight
 from dist_lowrank.sharding.layouts import local
 
 
@@ -23,11 +24,22 @@ class DenseOptions:
     eps: float
     weight_decay: float
     prefix: str = ""  # of the options' names in errors
+    weight_rounding: str = "nearest"
+    seed: int = 0  # of stochastic rounding
 
     def __post_init__(self) -> None:
         check_betas(f"{self.prefix}betas", self.betas)
         check_number(f"{self.prefix}eps", self.eps)
         check_number("weight_decay", self.weight_decay)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseParameter:
+    """A parameter on the dense path."""
+
+    name: str
+    tensor: Tensor
+    flat_start: int | None  # where it begins in the parameter of which it is a flat slice; None: it is none
 
 
 def arithmetic_dtype(parameter: Tensor) -> torch.dtype:
@@ -60,14 +72,14 @@ def dense_state(parameter: Tensor) -> dict[str, Tensor]:
     }
 
 
-def dense_waves(parameters: Sequence[Tensor], workspace_bytes: int) -> Iterator[list[Tensor]]:
+def dense_waves(parameters: Sequence[DenseParameter], workspace_bytes: int) -> Iterator[list[DenseParameter]]:
     """Cuts parameters so that the copies that those of low precision need fit the workspace, at least one each."""
-    wave: list[Tensor] = []
+    wave: list[DenseParameter] = []
     used_bytes = 0
     for parameter in parameters:
-        needed_bytes = 0
-        if parameter.dtype != arithmetic_dtype(parameter):
-            needed_bytes = 2 * local(parameter).numel() * arithmetic_dtype(parameter).itemsize
+        tensor, needed_bytes = parameter.tensor, 0
+        if tensor.dtype != arithmetic_dtype(tensor):
+            needed_bytes = 2 * local(tensor).numel() * arithmetic_dtype(tensor).itemsize
         if wave and used_bytes + needed_bytes > workspace_bytes:
             yield wave
             wave, used_bytes = [], 0
@@ -77,15 +89,17 @@ def dense_waves(parameters: Sequence[Tensor], workspace_bytes: int) -> Iterator[
         yield wave
 
 
-def dense_step(parameters: Sequence[Tensor], states: Sequence[dict[str, Tensor]], options: DenseOptions) -> None:
+def dense_step(
+    parameters: Sequence[DenseParameter], states: Sequence[dict[str, Tensor]], options: DenseOptions
+) -> None:
     """One step of AdamW (arXiv 1711.05101) for parameters of one group that have gradients.
 
     Works on local tensors: AdamW is element-wise. Parameters of less than float32 are updated in float32 and rounded.
     """
-    weights = [local(parameter.detach()) for parameter in parameters]
+    weights = [local(parameter.tensor.detach()) for parameter in parameters]
     # The fused kernel walks memory without regard to strides: it gets contiguous tensors, the weight itself if it can.
     wide = [weight.to(arithmetic_dtype(weight)).contiguous() for weight in weights]
-    gradients = [local_gradient(p).to(w.dtype).contiguous() for p, w in zip(parameters, wide, strict=True)]
+    gradients = [local_gradient(p.tensor).to(w.dtype).contiguous() for p, w in zip(parameters, wide, strict=True)]
     adamw(
         wide,
         gradients,
@@ -102,6 +116,8 @@ def dense_step(parameters: Sequence[Tensor], states: Sequence[dict[str, Tensor]]
         eps=options.eps,
         maximize=False,
     )
-    for weight, updated in zip(weights, wide, strict=True):
+    for parameter, weight, updated, state in zip(parameters, weights, wide, states, strict=True):
         if updated is not weight:
-            weight.copy_(updated)
+            step = int(state["step"]) if options.weight_rounding == "stochastic" else 0  # on a GPU it waits for it
+            random = RandomBits(options.seed, parameter.name, step)
+            store_weight(parameter.tensor, updated, options.weight_rounding, random, parameter.flat_start)

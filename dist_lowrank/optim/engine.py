@@ -137,9 +137,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for wave in cut_waves(jobs, self.workspace_bytes):
                 update_wave(wave, state, self._dictionaries)
         for group, bound in groups:
-            dense = [parameter for parameter in bound.dense if parameter.grad is not None]
+            dense = [parameter for parameter in bound.dense if parameter.tensor.grad is not None]
             for parameters in dense_waves(dense, self.workspace_bytes):
-                dense_step(parameters, [state[parameter] for parameter in parameters], self.dense_options(group))
+                dense_step(parameters, [state[p.tensor] for p in parameters], self.dense_options(group))
         self._steps += 1
         if self.verify_every and self._steps % self.verify_every == 0:
             verify_columns([matrix for _, bound in groups for matrix in bound.matrices], state)
@@ -305,7 +305,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     cause = specs[key].cause if key in specs else "other_state"
                     totals[cause] += local(tensor).untyped_storage().nbytes()
             for parameter in bound.dense:
-                for key, tensor in self._state[parameter].items():
+                for key, tensor in self._state[parameter.tensor].items():
                     cause = "other_state" if key == "step" else "dense_moments"
                     totals[cause] += local(tensor).untyped_storage().nbytes()
         return {**totals, "dictionary": self._dictionaries.storage_bytes}

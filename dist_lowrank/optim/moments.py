@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from dist_lowrank.optim.options import check_betas, check_choice, check_count, check_number
+from dist_lowrank.optim.rounding import RowNoise
 from dist_lowrank.optim.state import StateTensor
+from dist_lowrank.optim.storage import Floats, Geometric, Storage
 from dist_lowrank.sharding.layouts import TallForm
 from dist_lowrank.sharding.rule import Rule
 
@@ -21,11 +23,23 @@ class Moments(Protocol):
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
         """The state that this part keeps for a matrix whose update is computed in `dtype`."""
 
-    def direction(self, coefficients: Tensor, state: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
-        """Returns the direction for this rank's rows, (l, r); yields sums over its `owned` rows to get totals."""
+    def read(self, state: Mapping[str, Tensor], coefficients: Tensor) -> dict[str, Tensor]:
+        """The moments in the shape and dtype of the coefficients, columns last; modified in place until `write`.
 
-    def columns(self, state: Mapping[str, Tensor]) -> list[Tensor]:
-        """The state that belongs to single columns of the subspace, column last: it moves when they do."""
+        All that belongs to single columns of the subspace, so that it can move when they do.
+        """
+
+    def direction(self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
+        """Updates the moments; returns the direction of this rank's rows, (l, r).
+
+        Yields sums over its `owned` rows where it needs totals.
+        """
+
+    def write(self, moments: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: RowNoise) -> None:
+        """Keeps the moments until the next step; `noise` decides where they are rounded at random."""
+
+    def undelivered(self, moments: Mapping[str, Tensor]) -> Tensor | None:
+        """What past coefficients would still add to later directions, in their units, (l, r); None without momentum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +48,10 @@ class Adam:
 
     A column that enters at a late step has `|direction| = (1 - b1) / sqrt(1 - b2)` when corrected by the step (3.2 for
     betas (0.9, 0.999), 1.0 for (0.9, 0.99)) and 1 when corrected by its age.
+
+    With int8, both moments are kept with evenly spaced logarithms (`quantization.to_geometric`) down to 2^-16 of the
+    largest of a block, the second as its square; so a first moment that is rounded up never meets a square root that
+    was rounded to zero, and the direction stays as bounded as it is in float32.
     """
 
     betas: tuple[float, float]
@@ -45,39 +63,45 @@ class Adam:
         check_betas("betas", self.betas)
         check_number("eps", self.eps)
         check_choice("column_bias_correction", self.column_bias_correction, (False, True))
-        check_choice("moment_dtype", self.moment_dtype, (None, torch.float32, torch.bfloat16))
+        check_choice("moment_dtype", self.moment_dtype, (None, torch.float32, torch.bfloat16, torch.int8))
+
+    def _storages(self) -> dict[str, Storage]:
+        if self.moment_dtype == torch.int8:
+            return {"exp_avg": Geometric(signed=True), "exp_avg_sq": Geometric(signed=False)}
+        return dict.fromkeys(("exp_avg", "exp_avg_sq"), Floats(self.moment_dtype))
 
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
-        kept = self.moment_dtype or dtype
-        tensors = {
-            "exp_avg": StateTensor(form.rank, kept, "moments"),
-            "exp_avg_sq": StateTensor(form.rank, kept, "moments"),
-        }
+        tensors: dict[str, StateTensor] = {}
+        for name, storage in self._storages().items():
+            tensors |= storage.state(name, form.rank, dtype, "moments")
         if self.column_bias_correction:
             tensors["age"] = StateTensor(form.rank, torch.int32, "indices", sharded=False)
         return tensors
 
-    def direction(self, coefficients: Tensor, state: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
+    def read(self, state: Mapping[str, Tensor], coefficients: Tensor) -> dict[str, Tensor]:
+        moments = {name: storage.read(name, state, coefficients) for name, storage in self._storages().items()}
+        if self.column_bias_correction:
+            moments["age"] = state["age"]
+        return moments
+
+    def direction(self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
         yield from ()  # needs no sums
         beta1, beta2 = self.betas
-        mean, square = state["exp_avg"], state["exp_avg_sq"]  # (l, r)
-        if mean.dtype == coefficients.dtype:
-            mean.lerp_(coefficients, 1 - beta1)
-            square.mul_(beta2).addcmul_(coefficients, coefficients, value=1 - beta2)
-        else:
-            stored_mean, stored_square = mean, square
-            mean = stored_mean.to(coefficients.dtype).lerp_(coefficients, 1 - beta1)
-            square = stored_square.to(coefficients.dtype).mul_(beta2)
-            square.addcmul_(coefficients, coefficients, value=1 - beta2)
-            stored_mean.copy_(mean)
-            stored_square.copy_(square)
+        mean, square = moments["exp_avg"], moments["exp_avg_sq"]  # (l, r)
+        mean.lerp_(coefficients, 1 - beta1)
+        square.mul_(beta2).addcmul_(coefficients, coefficients, value=1 - beta2)
         if self.column_bias_correction:
-            age = state["age"].add_(1).to(coefficients.dtype)  # (r,)
+            age = moments["age"].add_(1).to(coefficients.dtype)  # (r,)
             return (mean / (1 - beta1**age)) / (square / (1 - beta2**age)).sqrt_().add_(self.eps)
         return (mean / (1 - beta1**step)) / (square / (1 - beta2**step)).sqrt_().add_(self.eps)
 
-    def columns(self, state: Mapping[str, Tensor]) -> list[Tensor]:
-        return [state[name] for name in ("exp_avg", "exp_avg_sq", "age") if name in state]
+    def write(self, moments: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: RowNoise) -> None:
+        for name, storage in self._storages().items():
+            storage.write(name, moments[name], state, noise)
+
+    def undelivered(self, moments: Mapping[str, Tensor]) -> Tensor | None:
+        # A coefficient a enters as (1 - b1) a and is delivered in parts (1 - b1) b1^k a, k = 0, 1, ..., a in all.
+        return moments["exp_avg"] * (self.betas[0] / (1 - self.betas[0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +123,10 @@ class NewtonSchulz:
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
         return {}
 
-    def direction(self, coefficients: Tensor, state: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
+    def read(self, state: Mapping[str, Tensor], coefficients: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def direction(self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
         a, b, c = self.coefficients
         gram = yield coefficients[owned].t() @ coefficients[owned]  # (r, r)
         norm = gram.diagonal().sum().sqrt() + self.eps
@@ -116,5 +143,8 @@ class NewtonSchulz:
             gram = polynomial @ gram @ polynomial
         return coefficients @ product
 
-    def columns(self, state: Mapping[str, Tensor]) -> list[Tensor]:
-        return []
+    def write(self, moments: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: RowNoise) -> None:
+        pass
+
+    def undelivered(self, moments: Mapping[str, Tensor]) -> Tensor | None:
+        return None

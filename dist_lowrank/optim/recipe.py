@@ -20,10 +20,11 @@ from torch import Tensor
 
 from dist_lowrank.dictionaries import Dictionary, check_dictionary, check_transform
 from dist_lowrank.optim.moments import Moments
-from dist_lowrank.optim.options import check_choice, check_count, check_number, check_rank
+from dist_lowrank.optim.options import check_choice, check_count, check_number, check_rank, refuse
 from dist_lowrank.optim.residuals import Residual
+from dist_lowrank.optim.rounding import WEIGHT_ROUNDINGS, RowNoise
 from dist_lowrank.optim.state import StateTensor
-from dist_lowrank.optim.transitions import TRANSITIONS, change_columns
+from dist_lowrank.optim.transitions import TRANSITIONS, change_columns, return_dropped
 from dist_lowrank.sharding.layouts import SIDES, TallForm
 from dist_lowrank.sharding.rule import Rule
 from dist_lowrank.subspaces import RANKINGS, column_scores, index_dtype, top_columns
@@ -54,6 +55,8 @@ class Recipe:
     scale: str = "none"
     transform: str = "gemm"
     materialize: bool = True
+    return_momentum: bool = False  # of columns that are dropped, to the residual
+    weight_rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         check_number("weight_decay", self.weight_decay)
@@ -67,6 +70,14 @@ class Recipe:
         check_count("refresh_interval", self.refresh_interval)
         check_choice("transition", self.transition, TRANSITIONS)
         check_choice("scale", self.scale, tuple(SCALES))
+        check_choice("weight_rounding", self.weight_rounding, WEIGHT_ROUNDINGS)
+        if self.return_momentum and not self.residual.needs_coordinates:
+            raise refuse("error_feedback_momentum", True, "False without error_feedback, which is 'none'")
+        if self.return_momentum and self.transition != "move":
+            # The others keep the momentum of columns that leave, or drop also that of columns that stay.
+            raise refuse(
+                "error_feedback_momentum", True, f"False with transition={self.transition!r}, True with 'move'"
+            )
 
     def state(self, form: TallForm, dtype: torch.dtype) -> dict[str, StateTensor]:
         """All state of one matrix whose update is computed in `dtype`."""
@@ -104,6 +115,7 @@ def low_rank_rule(
     recipe: Recipe,
     form: TallForm,
     dictionary: Dictionary,
+    noise: RowNoise,
     owned: slice = slice(None),
 ) -> Rule[Update]:
     """One update of one matrix.
@@ -113,20 +125,28 @@ def low_rank_rule(
         state: this rank's tensors as `recipe.state` declares them; updated in place.
         owned: which of the rows count in this rank's part of a sum.
         step: number of this update, from 1. The columns are chosen at step 1 and at multiples of `refresh_interval`.
+        noise: random numbers of these rows at this step.
     """
     refresh = step == 1 or step % recipe.refresh_interval == 0
-    indices, scores = state["indices"].long(), None
+    previous = indices = state["indices"].long()
+    scores = None
     if refresh or recipe.residual.needs_coordinates:
         coordinates = recipe.residual.add_stored(dictionary.transform(rows), state)  # (l, n)
         if refresh:
             scores = yield column_scores(coordinates[owned], recipe.ranking)  # (n,)
-            chosen = top_columns(scores, form.rank)
-            change_columns(recipe.transition, recipe.moments.columns(state), indices, chosen, form.n)
-            state["indices"].copy_(chosen)
-            indices = chosen
+            indices = top_columns(scores, form.rank)
+            state["indices"].copy_(indices)
         coefficients = coordinates.index_select(1, indices)  # (l, r)
-        recipe.residual.store(coordinates, indices, coefficients, state)
     else:
         coefficients = dictionary.project(rows, indices)
-    direction = yield from recipe.moments.direction(coefficients, state, step, owned)
+    moments = recipe.moments.read(state, coefficients)
+    if refresh:
+        momentum = recipe.moments.undelivered(moments) if recipe.return_momentum else None
+        if momentum is not None:
+            return_dropped(coordinates, momentum, previous, indices)
+        change_columns(recipe.transition, moments.values(), previous, indices, form.n)
+    if recipe.residual.needs_coordinates:
+        recipe.residual.store(coordinates, indices, coefficients, state)
+    direction = yield from recipe.moments.direction(coefficients, moments, step, owned)
+    recipe.moments.write(moments, state, noise)
     return Update(direction, indices, scores)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dist_lowrank.optim.options import check_number
 from dist_lowrank.optim.state import StateTensor
+from dist_lowrank.optim.storage import Floats, Storage
 from dist_lowrank.sharding.layouts import TallForm
 
 
@@ -22,7 +23,10 @@ class Residual(Protocol):
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]: ...
 
     def add_stored(self, coordinates: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Coordinates (l, n) plus what is stored; may return the stored tensor itself, updated."""
+        """Coordinates (l, n) plus what is stored; may return the stored tensor itself, updated.
+
+        Unless `needs_coordinates` is false, the result is no view of a gradient and may be modified.
+        """
 
     def store(self, coordinates: Tensor, indices: Tensor, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
         """Stores what is left of the sum (l, n) after its `coefficients` (l, r) at `indices` were used."""
@@ -50,13 +54,14 @@ class Accumulate:
 
     `E += A D; a = E[:, I]; E[:, I] *= keep`. With keep = 0 this is error feedback; with keep = mu it is the momentum
     of Trion (`M <- M + G - (1 - mu) a D_I^T`), where error feedback lives inside the momentum. Keeping `E` in
-    coordinates saves the product `a D_I^T` and its rounding.
+    coordinates saves the product `a D_I^T` and its rounding. A `storage` that rounds keeps the chosen columns only as
+    near to zero as it resolves.
     """
 
     name: str  # of the state tensor
     cause: str  # its line in the memory ledger
     keep: float = 0.0
-    dtype: torch.dtype | None = None  # None: the dtype of the arithmetic
+    storage: Storage = field(default_factory=Floats)
 
     needs_coordinates: ClassVar[bool] = True
 
@@ -64,13 +69,11 @@ class Accumulate:
         check_number(self.name, self.keep, below=1)
 
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
-        return {self.name: StateTensor(form.n, self.dtype or dtype, self.cause)}
+        return self.storage.state(self.name, form.n, dtype, self.cause)
 
     def add_stored(self, coordinates: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        stored = state[self.name]
-        return stored.add_(coordinates) if stored.dtype == coordinates.dtype else coordinates + stored
+        return self.storage.read(self.name, state, coordinates).add_(coordinates)
 
     def store(self, coordinates: Tensor, indices: Tensor, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
         coordinates.index_copy_(1, indices, coefficients * self.keep)
-        if coordinates is not state[self.name]:
-            state[self.name].copy_(coordinates)
+        self.storage.write(self.name, coordinates, state)

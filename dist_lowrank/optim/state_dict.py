@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from dist_lowrank.sharding.layouts import local, local_part
 
 # Options that give stored numbers their meaning; the shapes of the state tell the rest (rank, residual).
-_STRUCTURAL_OPTIONS = ("dictionary", "side", "moment_dtype", "low_rank")
+_STRUCTURAL_OPTIONS = ("dictionary", "side", "moment_dtype", "error_feedback", "low_rank")
 
 
 def validate_state_dict(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 TRANSITIONS = ("move", "reset", "keep")
 
 
-def change_columns(transition: str, tensors: Sequence[Tensor], old: Tensor, new: Tensor, n: int) -> None:
+def change_columns(transition: str, tensors: Iterable[Tensor], old: Tensor, new: Tensor, n: int) -> None:
     """Carries per-column state from one choice of columns to the next, in place.
 
     Args:
@@ -33,3 +33,8 @@ def change_columns(transition: str, tensors: Sequence[Tensor], old: Tensor, new:
     fresh = source < 0
     for tensor in tensors:
         tensor.copy_(tensor.index_select(-1, source.clamp(min=0)).masked_fill_(fresh, 0))
+
+
+def return_dropped(coordinates: Tensor, momentum: Tensor, old: Tensor, new: Tensor) -> None:
+    """Adds the momentum (l, r) of the columns of `old` that `new` lacks to their coordinates (l, n), in place."""
+    coordinates.index_add_(1, old, momentum.masked_fill(torch.isin(old, new), 0))

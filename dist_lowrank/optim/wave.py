@@ -19,6 +19,7 @@ from dist_lowrank.dictionaries import Dictionary, DictionaryCache
 from dist_lowrank.optim.binding import BoundMatrix
 from dist_lowrank.optim.dense import local_gradient
 from dist_lowrank.optim.recipe import SCALES, Recipe, Update, low_rank_rule
+from dist_lowrank.optim.rounding import RandomBits, RowNoise, store_weight
 from dist_lowrank.sharding.layouts import local
 from dist_lowrank.sharding.rounds import Task, ranks_that_differ, run_rounds
 from dist_lowrank.sharding.transport import exchange_updates, fetch_rows, gather_coefficients
@@ -50,12 +51,15 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
     gradients = [local_gradient(matrix.parameter) for matrix, _ in wave]
     rows = fetch_rows(layouts, gradients, [matrix.dtype for matrix, _ in wave])
     dictionaries = [_dictionary(matrix, recipe, cache) for matrix, recipe in wave]
-    tasks, chosen_before = [], []
+    tasks, chosen_before, random = [], [], []
     for (matrix, recipe), own_rows, dictionary in zip(wave, rows, dictionaries, strict=True):
         own = {key: local(tensor) for key, tensor in state[matrix.parameter].items()}
         step = int(own["step"].add_(1))
         chosen_before.append(own["indices"][: 0 if step == 1 else None].clone())
-        rule = low_rank_rule(own_rows, own, step, recipe, matrix.layout.form, dictionary, matrix.layout.owned)
+        layout, bits = matrix.layout, RandomBits(recipe.seed, matrix.name, step)
+        noise = RowNoise(bits, layout.start)
+        rule = low_rank_rule(own_rows, own, step, recipe, layout.form, dictionary, noise, layout.owned)
+        random.append(bits)
         tasks.append(Task(rule, matrix.layout.group))
     updates = run_rounds(tasks)
     directions = gather_coefficients(layouts, [update.direction for update in updates])
@@ -69,7 +73,10 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
         if scores is not None:
             matrix.previous_indices = chosen_before[index]
             matrix.captured_energy = scores[indices].sum() / scores.sum()
-        _apply(matrix, recipe, dictionaries[index], directions[index], indices, lifted[index], arrived[index])
+        target = local(matrix.parameter.detach()).to(matrix.dtype)  # the weight itself unless it is of lower precision
+        _apply(target, matrix, recipe, dictionaries[index], directions[index], indices, lifted[index], arrived[index])
+        if matrix.parameter.dtype != matrix.dtype:
+            store_weight(matrix.parameter, target, recipe.weight_rounding, random[index], matrix.layout.flat_start)
 
 
 def _dictionary(matrix: BoundMatrix, recipe: Recipe, cache: DictionaryCache) -> Dictionary:
@@ -94,6 +101,7 @@ def _lift(update: Update, dictionary: Dictionary) -> Tensor:
 
 
 def _apply(
+    target: Tensor,
     matrix: BoundMatrix,
     recipe: Recipe,
     dictionary: Dictionary,
@@ -102,9 +110,8 @@ def _apply(
     lifted: Tensor,
     arrived: list[Tensor],
 ) -> None:
-    """Updates the local tensor of a parameter, from whichever form of the update its layout delivers."""
-    layout, weight = matrix.layout, local(matrix.parameter.detach())
-    target = weight.to(matrix.dtype)  # the weight itself unless it is of lower precision
+    """Updates the local values of a parameter, from whichever form of the update its layout delivers."""
+    layout = matrix.layout
     decay = 1 - float(recipe.lr) * recipe.weight_decay
     scale = -float(recipe.lr) * SCALES[recipe.scale](*layout.form.shape)
     if layout.delivery == "rows":
@@ -114,8 +121,6 @@ def _apply(
     else:
         view = layout.form.view(target)
         dictionary.add_lifted(view, direction, indices, decay=decay, scale=scale, columns=layout.columns)
-    if target is not weight:
-        weight.copy_(target)
 
 
 def verify_columns(matrices: Sequence[BoundMatrix], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:

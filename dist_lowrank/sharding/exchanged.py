@@ -141,6 +141,10 @@ class FlatRows(Layout):
         return self.slices[self.rank]
 
     @property
+    def flat_start(self) -> int | None:
+        return self.own.start
+
+    @property
     def exchanges(self) -> bool:
         return any(each.torn_rows() for each in self.slices)
 
@@ -208,6 +212,10 @@ class FlatColumns(Layout):
     @property
     def own(self) -> FlatSlice:
         return self.slices[self.rank]
+
+    @property
+    def flat_start(self) -> int | None:
+        return self.own.start
 
     @property
     def exchanges(self) -> bool:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 SIDES = ("shorter", "longer", "right", "left", "unsharded")
 
@@ -124,6 +124,11 @@ class Layout:
         return slice(None)
 
     @property
+    def flat_start(self) -> int | None:
+        """Where the local tensor begins in the row-major matrix, if it is a flat slice of it."""
+        return None
+
+    @property
     def columns(self) -> slice:
         """Of the n columns, those in the parameter's local tensor, for deliveries of coefficients."""
         return slice(None)
@@ -214,3 +219,22 @@ def local_part(full: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> Ten
 def local(tensor: Tensor) -> Tensor:
     """The local tensor of a DTensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def global_offset(tensor: Tensor) -> tuple[int, ...]:
+    """Where in the global tensor this rank's local part begins, per dimension; zeros for a plain tensor.
+
+    Raises:
+        LayoutError: for placements other than Shard and Replicate, whose local part is no block.
+    """
+    lengths, offset = list(tensor.shape), [0] * tensor.ndim
+    if isinstance(tensor, DTensor):
+        for axis, placement in enumerate(tensor.placements):
+            if type(placement) is Shard:
+                dim, mesh = placement.dim, tensor.device_mesh
+                start, stop = chunk_range(lengths[dim], mesh.size(axis), mesh.get_local_rank(axis))
+                offset[dim] += start
+                lengths[dim] = stop - start
+            elif not isinstance(placement, Replicate):
+                raise LayoutError(f"placement {placement} is not supported; allowed: Shard, Replicate")
+    return tuple(offset)

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dist_lowrank.config.schema import AdamWConfig, DCTAdamWConfig, RunConfig, ScheduleConfig
 from dist_lowrank.optim import DCTAdamW, Trion
 
-_MOMENT_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
+_MOMENT_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

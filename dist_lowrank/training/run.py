@@ -189,7 +189,7 @@ class Trainer:
         if self.flops_per_token is not None:
             flops_per_second = values[tags.MODEL_FLOPS_PER_SECOND] = self.flops_per_token * times.tokens_per_second
         if flops_per_second is not None and self.device.type == "cuda":
-            dtype = "bf16" if self.config.precision.name == "bf16" else "fp32"
+            dtype = "bf16" if self.config.precision.name in ("bf16", "bf16_weights") else "fp32"
             peak = peak_flops_per_second(torch.cuda.get_device_name(self.device), dtype)
             if peak is not None:
                 mfu = values[tags.MFU] = flops_per_second / (peak * self.world_size)
