@@ -57,6 +57,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
         DCTAdamW,
         {"lr": 0.01, "rank": 0.5, "error_feedback": "bf16", "moment_dtype": torch.bfloat16},
     ),
+    "dct_adamw_unsharded": (DCTAdamW, {"lr": 0.01, "rank": 0.5, "side": "unsharded"}),
     "trion": (Trion, {"lr": 0.01, "rank": 0.5}),
 }
 
@@ -174,28 +175,20 @@ def smallest_score_gap(optimizer: str, dtype: torch.dtype) -> float:
     return min(gaps)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+SHARDINGS = [
+    *(("ddp", world_size) for world_size in (1, 2, 3, 4)),
+    *(("fsdp", world_size) for world_size in (1, 2, 4)),
+    *(("fsdp_rows", world_size) for world_size in (2, 3, 4)),
+    *(("flat", world_size) for world_size in (1, 2, 3, 4)),
+    *(("hsdp", world_size) for world_size in (2, 4)),
+]
+
+
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if not name.endswith("unsharded")])
 @pytest.mark.parametrize(
-    ("strategy", "world_size"),
-    [
-        ("ddp", 1),
-        ("ddp", 2),
-        ("ddp", 3),
-        ("ddp", 4),
-        ("fsdp", 1),
-        ("fsdp", 2),
-        ("fsdp", 4),
-        ("fsdp_rows", 2),
-        ("fsdp_rows", 3),
-        ("fsdp_rows", 4),
-        ("flat", 1),
-        ("flat", 2),
-        ("flat", 3),
-        ("flat", 4),
-        ("hsdp", 2),
-        ("hsdp", 4),
-    ],
+    ("strategy", "world_size", "dtype"),
+    [(*sharding, torch.float64) for sharding in SHARDINGS]
+    + [(*sharding, torch.float32) for sharding in SHARDINGS if sharding[1] in (2, 4)],
 )
 def test_sharded_trajectory_equals_one_process(
     strategy: str, world_size: int, optimizer: str, dtype: torch.dtype
@@ -344,6 +337,18 @@ def test_misaligned_matrices_are_exchanged_in_one_all_to_all_and_their_sums_fuse
     for position in (0, 2):  # all ranks together send each matrix once, there and back
         sent = sum(calls[0][position][1] for calls in results)
         assert sent == sum(form.rows * form.n for form in wide)
+
+
+def test_the_unsharded_side_never_exchanges_rows() -> None:
+    forms = [tall_form(shape, "unsharded", 0.5) for shape in SHAPES.values() if len(shape) == 2]
+    assert {form.side for form in forms} == {"right"}  # under Shard(0), also for wide matrices
+    for calls in run_on_ranks(4, _collectives, "fsdp_rows", 4, "dct_adamw_unsharded"):
+        assert calls == [[("allreduce_", sum(form.n for form in forms))]] * 4
+    expected, _ = one_process("dct_adamw_unsharded", torch.float64)
+    for weights, _ in run_on_ranks(3, trajectory, "fsdp_rows", 3, "dct_adamw_unsharded", torch.float64):
+        for found, wanted in zip(weights, expected, strict=True):
+            for name in SHAPES:
+                torch.testing.assert_close(found[name], wanted[name], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("optimizer", ["dct_adamw", "trion"])

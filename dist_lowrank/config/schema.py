@@ -33,7 +33,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description
 Dictionary = Literal["dct2", "dct3", "hadamard", "random", "identity"]
 Transform = Literal["gemm", "fft", "auto"]
 Ranking = Literal["l2", "l1"]
-Side = Literal["shorter", "longer", "right", "left"]
+Side = Literal["shorter", "longer", "right", "left", "unsharded"]
 WeightRounding = Literal["nearest", "stochastic"]  # of bf16 weights
 
 

@@ -59,7 +59,8 @@ class DCTAdamW(LowRankOptimizer):
         materialize: keep the n x n matrix of each dictionary. False keeps O(n) numbers, makes the chosen columns from
             the formula at each use, and needs `transform` `fft` or `auto` (then `fft`); not for `random`.
         ranking: `l2`, by energy, or `l1`, by sum of absolute values.
-        side: `shorter` compresses the shorter axis (square: right), `longer` the other, `right` axis 1, `left` axis 0.
+        side: `shorter` compresses the shorter axis (square: right), `longer` the other, `right` axis 1, `left` axis 0,
+            `unsharded` the axis that is not sharded (axis 1 of plain tensors), so that rows are never exchanged.
             Decided from the global shape.
         transition: of the moments at a refresh: `move`, `reset`, `keep`.
         error_feedback: `none`, or how to keep what was not selected, which returns with the next gradient: `fp32`,

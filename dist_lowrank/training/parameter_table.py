@@ -9,7 +9,7 @@ from dist_lowrank.config import ConfigError
 from dist_lowrank.config.schema import AdamWConfig, RunConfig
 from dist_lowrank.dictionaries import check_dictionary, check_transform
 from dist_lowrank.optim.dense import arithmetic_dtype
-from dist_lowrank.sharding.layouts import LayoutError, TallForm
+from dist_lowrank.sharding.layouts import LayoutError, TallForm, tall_form
 from dist_lowrank.strategies import shard_count, shard_dimension
 from dist_lowrank.training.model import build_model, low_rank_forms, route
 from dist_lowrank.training.optimizers import make_optimizer
@@ -22,7 +22,7 @@ class ParameterRow:
     name: str
     shape: tuple[int, ...]
     path: str  # "low-rank" or "dense"
-    side: str  # "left", "right", or "" on the dense path
+    side: str  # "left" or "right", and the published side where that is another; "" on the dense path
     n: int | None  # length of the compressed axis
     rank: int | None
     placement: str
@@ -69,10 +69,16 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
         )
         rows.append(
             ParameterRow(
-                name, shape, "low-rank", form.side, form.n, form.rank, _placement(config, dimension), state_bytes
+                name, shape, "low-rank", _side(form), form.n, form.rank, _placement(config, dimension), state_bytes
             )
         )
     return rows
+
+
+def _side(form: TallForm) -> str:
+    """With a remark where it is not the published side, the shorter axis: other numbers come out."""
+    published = tall_form(form.shape, "shorter", form.rank).side
+    return form.side if form.side == published else f"{form.side} (published: {published})"
 
 
 def _check_transform(config: RunConfig) -> None:
