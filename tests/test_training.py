@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 (imported before the fork, so that the ranks need not)
+from collectives import CountCollectives
 from processes import run_on_ranks
 from small_runs import assert_events_equal_lines, folder_of, full_weights, losses, overrides_for, run_loop
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dist_lowrank.config import RunFolder
+from dist_lowrank.config import RunFolder, compose
+from dist_lowrank.strategies import apply_strategy
 from dist_lowrank.telemetry.console import Console
 from dist_lowrank.telemetry.metrics import MetricsWriter
+from dist_lowrank.training.model import blocks, build_model, low_rank_forms, route
+from dist_lowrank.training.optimizers import make_optimizer
 from dist_lowrank.training.parameter_table import parameter_table
 from dist_lowrank.training.run import Trainer, train
 
@@ -217,3 +221,24 @@ def test_bf16_weights_train_and_notice_small_updates_with_stochastic_rounding(
         assert (left != right).any()
         # Not more than a step of bf16 apart, or the updates themselves where weights are that small.
         torch.testing.assert_close(left, right, rtol=2.0**-6, atol=1e-4)
+
+
+def _collectives_of_the_default_model(rank: int, optimizer: str) -> list[tuple[str, int]]:
+    config = compose([f"optimizer={optimizer}"])
+    model = build_model(config)
+    forms = low_rank_forms(route(model, config.model), config)
+    apply_strategy(model, blocks(model), config.strategy, config.precision, forms, torch.device("cpu"))
+    updater = make_optimizer(config, route(model, config.model))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with CountCollectives() as counter:
+        updater.step()
+    return counter.calls
+
+
+def test_one_step_of_the_default_model_sends_one_all_reduce_and_trion_two() -> None:
+    matrices, n, r = 28, 128, 32  # of four layers: q, k, v, o, gate, up, down
+    for calls in run_on_ranks(2, _collectives_of_the_default_model, "dct_adamw"):
+        assert calls == [("allreduce_", matrices * n)]
+    for calls in run_on_ranks(2, _collectives_of_the_default_model, "trion"):
+        assert calls == [("allreduce_", matrices * n), ("allreduce_", matrices * r * r)]
