@@ -215,6 +215,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._flat[parameter] = FlatPlace(tuple(by_rank), group)
         self._bound = None
 
+    @property
+    def holds_flat_slices(self) -> bool:
+        return bool(self._flat)
+
     def _replica_mesh(self, device: torch.device) -> DeviceMesh | None:
         """The 1-D mesh of the ranks that hold copies of plain parameters; None without torch.distributed."""
         if not (dist.is_available() and dist.is_initialized()):

@@ -76,7 +76,12 @@ def full_state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state dict with every sharded tensor gathered, as one process would have it. Collective.
 
     All ranks have to call it, and all get the whole. `load_state_dict` takes the result at any world size.
+
+    Raises:
+        ValueError: state of flat slices, which is not gathered yet.
     """
+    if getattr(optimizer, "holds_flat_slices", False):
+        raise ValueError("the state of flat slices cannot be gathered yet; allowed: `state_dict` on each rank")
     state_dict = optimizer.state_dict()
     state_dict["state"] = {
         index: {key: _full(value) for key, value in tensors.items()} for index, tensors in state_dict["state"].items()
