@@ -9,12 +9,15 @@ import torch
 import torch.distributed as dist
 from collectives import CountCollectives
 from processes import run_on_ranks
+from test_pieces import build as build_pieces
+from test_pieces import feed as feed_pieces
 from test_sharded_trajectories import SHAPES, Model, random_cuts, shard
 from torch import nn
 
 from dist_lowrank.optim import DCTAdamW, Trion
 from dist_lowrank.optim.traffic import collectives_of_step
 from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.pieces import FlatPart
 
 LAYOUTS = [("ddp", 3), ("fsdp", 2), ("fsdp", 4), ("fsdp_rows", 3), ("hsdp", 4), ("flat", 3)]
 OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
@@ -46,8 +49,8 @@ def _optimizer(rank: int, layout: str, world_size: int, optimizer: str, **option
         (name, nn.Parameter(p.detach().flatten()[slice(*cuts[name][rank])])) for name, p in model.named_parameters()
     ]
     updater = make(named, **defaults, **options)
-    slices = {p: [FlatSlice(shapes[name], start, stop) for start, stop in cuts[name]] for name, p in named}
-    updater.declare_flat_slices(slices, dist.group.WORLD)
+    slices = {name: tuple(FlatSlice(shapes[name], *cut) for cut in cuts[name]) for name, _ in named}
+    updater.declare_flat_parts({p: [FlatPart(name, 0, slices[name])] for name, p in named}, dist.group.WORLD)
     return updater
 
 
@@ -114,7 +117,27 @@ def test_a_layout_sends_only_what_it_is_for(
     layout: str, world_size: int, optimizer: str, refresh: set[str], ordinary: set[str]
 ) -> None:
     for found in run_on_ranks(world_size, _purposes, layout, world_size, optimizer):
-        assert [set(purposes) for purposes in found] == [refresh, ordinary]
+        assert [set(purposes) for purposes in found] == [{"agreement"} | refresh, {"agreement"} | ordinary]
+
+
+def _of_pieces(rank: int, strategy: str, world_size: int) -> list[tuple[Sent, Sent]]:
+    model, updater = build_pieces(strategy, world_size, "dct_adamw", rank)
+    pairs = []
+    for step in range(1, 4):
+        predicted = collectives_of_step(updater)
+        with CountCollectives() as counter:
+            feed_pieces(model, updater, strategy, world_size, rank, range(step, step + 1))
+        calls = zip(counter.calls, counter.sent_bytes, strict=True)
+        sent = [(NAMES[name], elements, size) for (name, elements), size in calls]
+        pairs.append(([(each.operation, each.elements, each.bytes) for each in predicted], sent))
+    return pairs[1:]
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp", 3), ("fsdp_last", 2), ("flat", 4)])
+def test_predictions_hold_for_stacks_fused_weights_and_parts_of_flat_tensors(strategy: str, world_size: int) -> None:
+    for pairs in run_on_ranks(world_size, _of_pieces, strategy, world_size):
+        for predicted, sent in pairs:
+            assert predicted == sent
 
 
 def test_one_process_sends_nothing() -> None:

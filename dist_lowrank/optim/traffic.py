@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_lowrank.optim.binding import BoundMatrix
+from dist_lowrank.optim.binding import BoundMatrix, BoundParameter
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.wave import Job, cut_waves
 from dist_lowrank.sharding.layouts import local
 
-PURPOSES = ("rows", "sums", "coefficients", "updates", "verification")
+PURPOSES = ("agreement", "rows", "sums", "coefficients", "updates", "verification")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +51,31 @@ def collectives_of_step(
         refresh: every matrix chooses its columns at this step; otherwise those alone that do so at each.
         verification: the columns of all matrices are compared at this step (see `verify_every`).
     """
+    bound = [parameter for members in optimizer.bind() for parameter in members]
     jobs = [
         (matrix, recipe)
-        for group, bound in zip(optimizer.param_groups, optimizer.bind(), strict=True)
+        for group, members in zip(optimizer.param_groups, optimizer.bind(), strict=True)
         for recipe in [optimizer.recipe(group)]
-        for matrix in bound.matrices
+        for parameter in members
+        for matrix in parameter.matrices
     ]
-    collectives = [each for wave in cut_waves(jobs, optimizer.workspace_bytes) for each in _of_wave(wave, refresh)]
+    collectives = list(_of_agreement(bound)) if optimizer.agree_on_gradients else []
+    collectives += [each for wave in cut_waves(jobs, optimizer.workspace_bytes) for each in _of_wave(wave, refresh)]
     if verification:
         collectives += _of_verification([matrix for matrix, _ in jobs])
     return collectives
 
 
+def _of_agreement(parameters: Sequence[BoundParameter]) -> Iterator[Collective]:
+    """A byte per parameter and group; two where replicas have to be alike."""
+    for replicated, size in ((False, 1), (True, 2)):
+        groups = [group for bound in parameters for group, replicas in bound.sharers if replicas == replicated]
+        for group in dict.fromkeys(groups):
+            yield Collective("agreement", "all_reduce", torch.uint8, size * groups.count(group))
+
+
 def _of_wave(wave: Sequence[Job], refresh: bool) -> Iterator[Collective]:
+    wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
     matrices = [matrix for matrix, _ in wave]
     fetched = [(matrix, _fetched(matrix)) for matrix in matrices if matrix.layout.exchanges]
     yield from _fused("rows", "all_to_all", fetched)
@@ -86,7 +98,7 @@ def _of_wave(wave: Sequence[Job], refresh: bool) -> Iterator[Collective]:
 def _of_verification(matrices: Sequence[BoundMatrix]) -> Iterator[Collective]:
     by_group: dict[dist.ProcessGroup, int] = {}
     for matrix in matrices:
-        if matrix.layout.group is not None:
+        if matrix.layout.group is not None and matrix.present:
             by_group[matrix.layout.group] = by_group.get(matrix.layout.group, 0) + 1
     for count in by_group.values():
         yield Collective("verification", "all_gather", torch.int64, count)
@@ -104,8 +116,8 @@ def _fused(purpose: str, operation: str, sent: Sequence[tuple[BoundMatrix, int]]
 
 def _fetched(matrix: BoundMatrix) -> int:
     """Elements of its gradient that this rank sends so that rows become whole."""
-    gradient = torch.empty_like(local(matrix.parameter), device="meta")
-    return _elements(matrix.layout.outgoing(gradient))
+    gradient = torch.empty_like(local(matrix.parameter), device="meta", memory_format=torch.contiguous_format)
+    return _elements(matrix.layout.outgoing(matrix.piece.view(gradient)))
 
 
 def _gathered(matrix: BoundMatrix) -> int:
