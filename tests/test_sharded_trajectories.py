@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dist_lowrank.optim import DCTAdamW, Trion, full_state_dict, recipe
+from dist_lowrank.optim import DCTAdamW, Trion, columns, full_state_dict
 from dist_lowrank.sharding.exchanged import FlatSlice
 from dist_lowrank.sharding.layouts import tall_form
 from dist_lowrank.sharding.pieces import FlatPart
@@ -166,7 +166,7 @@ def one_process(optimizer: str, dtype: torch.dtype) -> tuple[list[dict[str, Tens
 def smallest_score_gap(optimizer: str, dtype: torch.dtype) -> float:
     """Over the one-process run: the least relative distance of the last chosen score from the first not chosen."""
     gaps = []
-    choose = recipe.top_columns
+    choose = columns.top_columns
 
     def measure(scores: Tensor, rank: int) -> Tensor:
         ordered = scores.sort(descending=True).values
@@ -174,7 +174,7 @@ def smallest_score_gap(optimizer: str, dtype: torch.dtype) -> float:
             gaps.append(float((ordered[rank - 1] - ordered[rank]) / ordered[rank - 1]))
         return choose(scores, rank)
 
-    with mock.patch.object(recipe, "top_columns", measure):
+    with mock.patch.object(columns, "top_columns", measure):
         trajectory(0, "ddp", 1, optimizer, dtype)
     assert len(gaps) > STEPS
     return min(gaps)

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from dist_lowrank.dictionaries import check_dictionary
 from dist_lowrank.optim.dense import DenseParameter, arithmetic_dtype, dense_state
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.state import StateTensor
@@ -112,7 +111,7 @@ def sharers_of(
 
 
 def structure_of(recipe: Recipe) -> tuple[Any, ...]:
-    return recipe.rank, recipe.side, recipe.dictionary
+    return recipe.rank, recipe.side, *recipe.subspace.structure
 
 
 def bind_parameter(
@@ -164,7 +163,7 @@ def bind_parameter(
             continue
         form = tall_form(piece.shape, recipe.side, recipe.rank, sharded_axis(piece, parameter))
         try:
-            check_dictionary(recipe.dictionary, form.n)
+            recipe.subspace.check(form)
         except ValueError as error:
             raise ValueError(f"parameter {piece.name!r} of shape {form.shape}: {error}") from None
         layout = read_layout(piece, parameter, form, replicas, None if place is None else place.group)

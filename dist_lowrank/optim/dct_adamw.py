@@ -156,7 +156,6 @@ class DCTAdamW(LowRankOptimizer):
             residual=_RESIDUALS[group["error_feedback"]],
             transition=group["transition"],
             return_momentum=group["error_feedback_momentum"],
-            weight_rounding=group["weight_rounding"],
         )
 
     def dense_options(self, group: dict[str, Any]) -> DenseOptions:

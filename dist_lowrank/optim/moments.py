@@ -13,6 +13,7 @@ from dist_lowrank.optim.options import check_betas, check_choice, check_count, c
 from dist_lowrank.optim.rounding import RowNoise
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.optim.storage import Floats, Geometric, Storage
+from dist_lowrank.optim.subspace import Change
 from dist_lowrank.sharding.layouts import TallForm
 from dist_lowrank.sharding.rule import Rule
 
@@ -28,11 +29,11 @@ class Moments(Protocol):
     def statistics(self, form: TallForm) -> list[int]:
         """By round: the number of elements of what `direction` yields."""
 
-    def read(self, state: Mapping[str, Tensor], coefficients: Tensor) -> dict[str, Tensor]:
-        """The moments in the shape and dtype of the coefficients, columns last; modified in place until `write`.
+    def read(self, state: Mapping[str, Tensor], rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The moments in the dtype of the arithmetic, (l, r) or (r,); modified in place until `write`."""
 
-        All that belongs to single columns of the subspace, so that it can move when they do.
-        """
+    def carry(self, moments: Mapping[str, Tensor], change: Change, transition: str) -> None:
+        """Takes them along when the directions change, in place."""
 
     def direction(self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
         """Updates the moments; returns the direction of this rank's rows, (l, r).
@@ -86,11 +87,15 @@ class Adam:
     def statistics(self, form: TallForm) -> list[int]:
         return []
 
-    def read(self, state: Mapping[str, Tensor], coefficients: Tensor) -> dict[str, Tensor]:
-        moments = {name: storage.read(name, state, coefficients) for name, storage in self._storages().items()}
+    def read(self, state: Mapping[str, Tensor], rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        moments = {name: storage.read(name, state, rank, dtype) for name, storage in self._storages().items()}
         if self.column_bias_correction:
             moments["age"] = state["age"]
         return moments
+
+    def carry(self, moments: Mapping[str, Tensor], change: Change, transition: str) -> None:
+        second = [moments[key] for key in ("exp_avg_sq", "age") if key in moments]
+        change.carry(transition, [moments["exp_avg"]], second)
 
     def direction(self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
         yield from ()  # needs no sums
@@ -134,8 +139,11 @@ class NewtonSchulz:
     def statistics(self, form: TallForm) -> list[int]:
         return [form.rank**2] * -(-self.steps // _STEPS_PER_GRAM)
 
-    def read(self, state: Mapping[str, Tensor], coefficients: Tensor) -> dict[str, Tensor]:
+    def read(self, state: Mapping[str, Tensor], rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
         return {}
+
+    def carry(self, moments: Mapping[str, Tensor], change: Change, transition: str) -> None:
+        pass
 
     def direction(self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
         a, b, c = self.coefficients

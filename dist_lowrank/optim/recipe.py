@@ -1,6 +1,6 @@
 """A low-rank optimizer is a recipe of four parts; this is the rule that they make.
 
-- subspace: which directions (here: columns of a fixed dictionary, by energy);
+- subspace: which directions (columns of a fixed dictionary by energy, or a projection);
 - moments: what happens inside the subspace;
 - residual: what happens to the rest;
 - transition: what happens to the moments when the subspace changes.
@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_lowrank.dictionaries import Dictionary, check_dictionary, check_transform
+from dist_lowrank.optim.columns import DictionaryColumns
 from dist_lowrank.optim.moments import Moments
 from dist_lowrank.optim.options import check_choice, check_count, check_number, check_rank, refuse
 from dist_lowrank.optim.residuals import Residual
 from dist_lowrank.optim.rounding import WEIGHT_ROUNDINGS, RowNoise
 from dist_lowrank.optim.state import StateTensor
-from dist_lowrank.optim.transitions import TRANSITIONS, change_columns, return_dropped
+from dist_lowrank.optim.subspace import Basis, Choice, Place, Subspace
+from dist_lowrank.optim.transitions import TRANSITIONS
 from dist_lowrank.sharding.layouts import SIDES, TallForm
 from dist_lowrank.sharding.rule import Rule
-from dist_lowrank.subspaces import RANKINGS, column_scores, index_dtype, top_columns
 
 # Step size of a matrix relative to the learning rate, from its global shape (R, C).
 SCALES: dict[str, Callable[[int, int], float]] = {
@@ -45,16 +45,13 @@ class Recipe:
     weight_decay: float
     rank: int | float
     side: str
-    dictionary: str
-    ranking: str
-    seed: int
+    seed: int  # of rounding at random
     refresh_interval: int
+    subspace: Subspace
     moments: Moments
     residual: Residual
     transition: str = "move"
     scale: str = "none"
-    transform: str = "gemm"
-    materialize: bool = True
     return_momentum: bool = False  # of columns that are dropped, to the residual
     weight_rounding: str = "nearest"
 
@@ -62,9 +59,6 @@ class Recipe:
         check_number("weight_decay", self.weight_decay)
         check_rank(self.rank)
         check_choice("side", self.side, SIDES)
-        check_dictionary(self.dictionary)
-        check_transform(self.dictionary, self.transform, self.materialize)
-        check_choice("ranking", self.ranking, RANKINGS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed: {self.seed!r} is not allowed; allowed: an integer")
         check_count("refresh_interval", self.refresh_interval)
@@ -81,77 +75,63 @@ class Recipe:
 
     def state(self, form: TallForm, dtype: torch.dtype) -> dict[str, StateTensor]:
         """All state of one matrix whose update is computed in `dtype`."""
-        return {
-            "indices": StateTensor(form.rank, index_dtype(form.n), "indices", sharded=False),
-            **self.moments.state(form, dtype),
-            **self.residual.state(form, dtype),
-        }
+        parts = (self.subspace, self.moments, self.residual)
+        return {key: spec for part in parts for key, spec in part.state(form, dtype).items()}
+
+    def refreshes(self, step: int) -> bool:
+        """Whether directions are chosen at a step: at 1 and at multiples of the interval."""
+        return step == 1 or step % self.refresh_interval == 0
 
     def statistics(self, form: TallForm, refresh: bool) -> list[int]:
         """By round: the size of what the rule of one matrix sums over ranks."""
-        scores = [form.n] if refresh else []
-        return scores + self.moments.statistics(form)
-
-
-_COLUMN_OPTIONS = (
-    *("lr", "weight_decay", "rank", "side", "dictionary", "ranking", "seed"),
-    *("transform", "materialize"),
-)
+        return (self.subspace.statistics(form) if refresh else []) + self.moments.statistics(form)
 
 
 def column_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a parameter group that every recipe on dictionary columns has."""
-    return {key: group[key] for key in _COLUMN_OPTIONS}
+    """What every recipe on dictionary columns takes from the options of its parameter group."""
+    keys = ("dictionary", "ranking", "transform", "materialize", "seed")
+    shared = {key: group[key] for key in ("lr", "weight_decay", "rank", "side", "seed", "weight_rounding")}
+    return {**shared, "subspace": DictionaryColumns(**{key: group[key] for key in keys})}
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a rule returns: `direction @ D[:, indices]^T` is to be subtracted, times the step size."""
+    """What a rule returns: the lifted direction is to be subtracted, times the step size."""
 
     direction: Tensor  # (l, r), this rank's rows
-    indices: Tensor  # (r,) int64
-    scores: Tensor | None  # (n,) summed over ranks, if the columns were chosen at this step
+    basis: Basis
+    choice: Choice | None  # if the directions were chosen at this step
 
 
 def low_rank_rule(
-    rows: Tensor,
-    state: Mapping[str, Tensor],
-    step: int,
-    recipe: Recipe,
-    form: TallForm,
-    dictionary: Dictionary,
-    noise: RowNoise,
-    owned: slice = slice(None),
+    rows: Tensor, state: Mapping[str, Tensor], step: int, recipe: Recipe, place: Place, noise: RowNoise
 ) -> Rule[Update]:
     """One update of one matrix.
 
     Args:
         rows: this rank's rows of the gradient, (l, n), float32 or float64; not modified.
         state: this rank's tensors as `recipe.state` declares them; updated in place.
-        owned: which of the rows count in this rank's part of a sum.
-        step: number of this update, from 1. The columns are chosen at step 1 and at multiples of `refresh_interval`.
+        step: number of this update, from 1.
         noise: random numbers of these rows at this step.
     """
-    refresh = step == 1 or step % recipe.refresh_interval == 0
-    previous = indices = state["indices"].long()
-    scores = None
-    if refresh or recipe.residual.needs_coordinates:
-        coordinates = recipe.residual.add_stored(dictionary.transform(rows), state)  # (l, n)
+    refresh, subspace, residual = recipe.refreshes(step), recipe.subspace, recipe.residual
+    basis, choice = subspace.stored(state, place), None
+    moments = recipe.moments.read(state, place.form.rank, place.dtype)
+    if refresh or residual.needs_coordinates:
+        coordinates = residual.add_stored(subspace.coordinates(rows, place), state)  # (l, n)
         if refresh:
-            scores = yield column_scores(coordinates[owned], recipe.ranking)  # (n,)
-            indices = top_columns(scores, form.rank)
-            state["indices"].copy_(indices)
-        coefficients = coordinates.index_select(1, indices)  # (l, r)
+            wanted = recipe.return_momentum or subspace.uses_momentum
+            momentum = recipe.moments.undelivered(moments) if wanted else None
+            choice = yield from subspace.choose(coordinates, state, place, step - 1, momentum)
+            change, basis = choice.basis.change_from(basis), choice.basis
+        coefficients = basis.take(coordinates)  # (l, r)
+        if refresh:
+            if recipe.return_momentum and momentum is not None:
+                change.return_dropped(coordinates, momentum)
+            recipe.moments.carry(moments, change, recipe.transition)
+        residual.store(coordinates, basis, coefficients, state)
     else:
-        coefficients = dictionary.project(rows, indices)
-    moments = recipe.moments.read(state, coefficients)
-    if refresh:
-        momentum = recipe.moments.undelivered(moments) if recipe.return_momentum else None
-        if momentum is not None:
-            return_dropped(coordinates, momentum, previous, indices)
-        change_columns(recipe.transition, moments.values(), previous, indices, form.n)
-    if recipe.residual.needs_coordinates:
-        recipe.residual.store(coordinates, indices, coefficients, state)
-    direction = yield from recipe.moments.direction(coefficients, moments, step, owned)
+        coefficients = basis.project(rows)
+    direction = yield from recipe.moments.direction(coefficients, moments, step, place.owned)
     recipe.moments.write(moments, state, noise)
-    return Update(direction, indices, scores)
+    return Update(direction, basis, choice)

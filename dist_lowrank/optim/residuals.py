@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_lowrank.optim.options import check_number
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.optim.storage import Floats, Storage
+from dist_lowrank.optim.subspace import Basis
 from dist_lowrank.sharding.layouts import TallForm
 
 
@@ -28,8 +29,8 @@ class Residual(Protocol):
         Unless `needs_coordinates` is false, the result is no view of a gradient and may be modified.
         """
 
-    def store(self, coordinates: Tensor, indices: Tensor, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Stores what is left of the sum (l, n) after its `coefficients` (l, r) at `indices` were used."""
+    def store(self, coordinates: Tensor, basis: Basis, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Stores what is left of the sum (l, n) after its `coefficients` (l, r) on the basis were used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +45,16 @@ class Drop:
     def add_stored(self, coordinates: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         return coordinates
 
-    def store(self, coordinates: Tensor, indices: Tensor, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
+    def store(self, coordinates: Tensor, basis: Basis, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
         pass
 
 
 @dataclass(frozen=True, slots=True)
 class Accumulate:
-    """The rest waits in an accumulator, in dictionary coordinates, together with `keep` of what was used.
+    """The rest waits in an accumulator, in the subspace's coordinates, together with `keep` of what was used.
 
-    `E += A D; a = E[:, I]; E[:, I] *= keep`. With keep = 0 this is error feedback; with keep = mu it is the momentum
-    of Trion (`M <- M + G - (1 - mu) a D_I^T`), where error feedback lives inside the momentum. Keeping `E` in
+    For dictionary columns: `E += A D; a = E[:, I]; E[:, I] *= keep`. With keep = 0 this is error feedback; with keep =
+    mu the momentum of Trion (`M <- M + G - (1 - mu) a D_I^T`), where error feedback lives inside it. Keeping `E` in
     coordinates saves the product `a D_I^T` and its rounding. A `storage` that rounds keeps the chosen columns only as
     near to zero as it resolves.
     """
@@ -72,8 +73,8 @@ class Accumulate:
         return self.storage.state(self.name, form.n, dtype, self.cause)
 
     def add_stored(self, coordinates: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        return self.storage.read(self.name, state, coordinates).add_(coordinates)
+        return self.storage.read(self.name, state, coordinates.shape[1], coordinates.dtype).add_(coordinates)
 
-    def store(self, coordinates: Tensor, indices: Tensor, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
-        coordinates.index_copy_(1, indices, coefficients * self.keep)
+    def store(self, coordinates: Tensor, basis: Basis, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
+        basis.replace(coordinates, coefficients, self.keep)
         self.storage.write(self.name, coordinates, state)

@@ -31,8 +31,8 @@ class Storage(Protocol):
     def state(self, name: str, columns: int, dtype: torch.dtype, cause: str) -> dict[str, StateTensor]:
         """The tensors that hold `columns` numbers per row, used in arithmetic of `dtype`. All zero means zero."""
 
-    def read(self, name: str, state: Mapping[str, Tensor], like: Tensor) -> Tensor:
-        """The numbers, of the shape and dtype of `like`; to be modified in place."""
+    def read(self, name: str, state: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Tensor:
+        """The numbers, `columns` per row, in the dtype of the arithmetic; to be modified in place."""
 
     def write(self, name: str, numbers: Tensor, state: Mapping[str, Tensor], noise: RowNoise | None = None) -> None:
         """Keeps what `read` returned and the caller modified. `noise` is for storages that round at random."""
@@ -47,8 +47,8 @@ class Floats:
     def state(self, name: str, columns: int, dtype: torch.dtype, cause: str) -> dict[str, StateTensor]:
         return {name: StateTensor(columns, self.dtype or dtype, cause)}
 
-    def read(self, name: str, state: Mapping[str, Tensor], like: Tensor) -> Tensor:
-        return state[name].to(like.dtype)
+    def read(self, name: str, state: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Tensor:
+        return state[name].to(dtype)
 
     def write(self, name: str, numbers: Tensor, state: Mapping[str, Tensor], noise: RowNoise | None = None) -> None:
         if numbers is not state[name]:
@@ -67,8 +67,8 @@ class Levels:
             f"{name}_ranges": StateTensor(2, torch.float32, cause),
         }
 
-    def read(self, name: str, state: Mapping[str, Tensor], like: Tensor) -> Tensor:
-        return from_levels(state[name], state[f"{name}_ranges"], like.shape[1], self.bits, like.dtype)
+    def read(self, name: str, state: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Tensor:
+        return from_levels(state[name], state[f"{name}_ranges"], columns, self.bits, dtype)
 
     def write(self, name: str, numbers: Tensor, state: Mapping[str, Tensor], noise: RowNoise | None = None) -> None:
         for rows in row_chunks(*numbers.shape):
@@ -89,8 +89,8 @@ class Geometric:
             f"{name}_scales": StateTensor(scale_columns(columns), torch.float32, cause),
         }
 
-    def read(self, name: str, state: Mapping[str, Tensor], like: Tensor) -> Tensor:
-        return from_geometric(state[name], state[f"{name}_scales"], like.dtype)
+    def read(self, name: str, state: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Tensor:
+        return from_geometric(state[name], state[f"{name}_scales"], dtype)
 
     def write(self, name: str, numbers: Tensor, state: Mapping[str, Tensor], noise: RowNoise | None = None) -> None:
         assert noise is not None

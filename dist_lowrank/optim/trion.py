@@ -100,7 +100,6 @@ class Trion(LowRankOptimizer):
             moments=NewtonSchulz(group["newton_schulz_steps"]),
             residual=Accumulate("momentum", "moments", keep=group["momentum"]),
             scale=group["scale"],
-            weight_rounding=group["weight_rounding"],
         )
 
     def dense_options(self, group: dict[str, Any]) -> DenseOptions:

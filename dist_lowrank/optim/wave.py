@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_lowrank.dictionaries import Dictionary, DictionaryCache
+from dist_lowrank.dictionaries import DictionaryCache
 from dist_lowrank.optim.binding import BoundMatrix
 from dist_lowrank.optim.dense import local_gradient, part_of_gradient
 from dist_lowrank.optim.recipe import SCALES, Recipe, Update, low_rank_rule
 from dist_lowrank.optim.rounding import RandomBits, RowNoise, store_weight
+from dist_lowrank.optim.subspace import Basis, Place
 from dist_lowrank.sharding.layouts import local
 from dist_lowrank.sharding.rounds import Task, ranks_that_differ, run_rounds
 from dist_lowrank.sharding.transport import exchange_updates, fetch_rows, gather_coefficients
@@ -62,55 +63,37 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
             by_parameter[matrix.parameter] = local_gradient(matrix.parameter)
     gradients = [part_of_gradient(matrix.piece, by_parameter[matrix.parameter]) for matrix, _ in wave]
     rows = fetch_rows(layouts, gradients, [matrix.dtype for matrix, _ in wave])
-    dictionaries = [_dictionary(matrix, recipe, cache) for matrix, recipe in wave]
-    tasks, chosen_before, random = [], [], []
-    for (matrix, recipe), own_rows, dictionary in zip(wave, rows, dictionaries, strict=True):
+    tasks, random = [], []
+    for (matrix, recipe), own_rows in zip(wave, rows, strict=True):
         own = matrix.state(state[matrix.parameter])
-        step = int(own["step"])
-        chosen_before.append(own["indices"][: 0 if step == 1 else None].clone())
-        layout, bits = matrix.layout, RandomBits(recipe.seed, matrix.name, step)
-        noise = RowNoise(bits, layout.start)
-        rule = low_rank_rule(own_rows, own, step, recipe, layout.form, dictionary, noise, layout.owned)
+        step, layout = int(own["step"]), matrix.layout
+        bits = RandomBits(recipe.seed, matrix.name, step)
+        place = Place(layout.form, matrix.dtype, own_rows.device, layout.repeated, cache, bits, layout.owned)
+        rule = low_rank_rule(own_rows, own, step, recipe, place, RowNoise(bits, layout.start))
         random.append(bits)
-        tasks.append(Task(rule, matrix.layout.group))
+        tasks.append(Task(rule, layout.group))
     updates = run_rounds(tasks)
     directions = gather_coefficients(layouts, [update.direction for update in updates])
     lifted = [
-        _lift(update, dictionary) if layout.delivery in ("rows", "own rows") else update.direction
-        for layout, update, dictionary in zip(layouts, updates, dictionaries, strict=True)
+        _lift(update, layout.form.n) if layout.delivery in ("rows", "own rows") else update.direction
+        for layout, update in zip(layouts, updates, strict=True)
     ]
     arrived = exchange_updates(layouts, lifted)
     for index, (matrix, recipe) in enumerate(wave):
-        scores, indices = updates[index].scores, updates[index].indices
-        if scores is not None:
-            matrix.previous_indices = chosen_before[index]
-            matrix.captured_energy = scores[indices].sum() / scores.sum()
+        choice = updates[index].choice
+        if choice is not None:
+            matrix.previous_indices, matrix.captured_energy = choice.previous_indices, choice.captured
         weight = matrix.piece.view(local(matrix.parameter.detach()))
         target = weight.to(matrix.dtype)  # the weight itself unless it is of lower precision
-        _apply(target, matrix, recipe, dictionaries[index], directions[index], indices, lifted[index], arrived[index])
+        _apply(target, matrix, recipe, updates[index].basis, directions[index], lifted[index], arrived[index])
         if weight.dtype != matrix.dtype:
             layout = matrix.layout
             store_weight(weight, target, recipe.weight_rounding, random[index], layout.offset, layout.form.shape)
 
 
-def _dictionary(matrix: BoundMatrix, recipe: Recipe, cache: DictionaryCache) -> Dictionary:
-    transform = recipe.transform
-    if transform == "auto" and recipe.materialize and matrix.layout.repeated:
-        transform = "gemm"  # ranks that repeat the same work must round alike, so none may measure for itself
-    return cache.get(
-        recipe.dictionary,
-        matrix.layout.form.n,
-        dtype=matrix.dtype,
-        device=local(matrix.parameter).device,
-        seed=recipe.seed,
-        transform=transform,
-        materialize=recipe.materialize,
-    )
-
-
-def _lift(update: Update, dictionary: Dictionary) -> Tensor:
-    rows = update.direction.new_zeros(len(update.direction), dictionary.n)
-    dictionary.add_lifted(rows, update.direction, update.indices, decay=1.0, scale=1.0)
+def _lift(update: Update, n: int) -> Tensor:
+    rows = update.direction.new_zeros(len(update.direction), n)
+    update.basis.add_lifted(rows, update.direction, decay=1.0, scale=1.0)
     return rows
 
 
@@ -118,9 +101,8 @@ def _apply(
     target: Tensor,
     matrix: BoundMatrix,
     recipe: Recipe,
-    dictionary: Dictionary,
+    basis: Basis,
     direction: Tensor,
-    indices: Tensor,
     lifted: Tensor,
     arrived: list[Tensor],
 ) -> None:
@@ -133,8 +115,7 @@ def _apply(
     elif layout.delivery == "own rows":
         layout.add_rows(target, lifted, decay=decay, scale=scale)
     else:
-        view = layout.form.view(target)
-        dictionary.add_lifted(view, direction, indices, decay=decay, scale=scale, columns=layout.columns)
+        basis.add_lifted(layout.form.view(target), direction, decay=decay, scale=scale, columns=layout.columns)
 
 
 def verify_columns(matrices: Sequence[BoundMatrix], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:

@@ -1,0 +1,134 @@
+"""The subspace of the r columns of a fixed dictionary that score highest; its state is r integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dist_lowrank.dictionaries import Dictionary, check_dictionary, check_transform
+from dist_lowrank.optim.options import check_choice
+from dist_lowrank.optim.state import StateTensor
+from dist_lowrank.optim.subspace import Choice, Place
+from dist_lowrank.sharding.layouts import TallForm
+from dist_lowrank.sharding.rule import Rule
+from dist_lowrank.subspaces import RANKINGS, column_scores, index_dtype, top_columns
+
+
+@dataclass(frozen=True, slots=True)
+class DictionaryColumns:
+    """Columns of a dictionary by score, summed over all rows. Coordinates are those in the dictionary."""
+
+    dictionary: str
+    ranking: str = "l2"
+    transform: str = "gemm"
+    materialize: bool = True
+    seed: int = 0  # of the `random` dictionary
+
+    uses_momentum: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_dictionary(self.dictionary)
+        check_transform(self.dictionary, self.transform, self.materialize)
+        check_choice("ranking", self.ranking, RANKINGS)
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        return (self.dictionary,)
+
+    def check(self, form: TallForm) -> None:
+        check_dictionary(self.dictionary, form.n)
+
+    def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
+        return {"indices": StateTensor(form.rank, index_dtype(form.n), "indices", sharded=False)}
+
+    def statistics(self, form: TallForm) -> list[int]:
+        return [form.n]
+
+    def coordinates(self, rows: Tensor, place: Place) -> Tensor:
+        return self._ready(place).transform(rows)
+
+    def stored(self, state: Mapping[str, Tensor], place: Place) -> ColumnBasis:
+        return ColumnBasis(self._ready(place), state["indices"].long())
+
+    def choose(
+        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, momentum: Tensor | None
+    ) -> Rule[Choice]:
+        previous = state["indices"][: 0 if number == 0 else None].clone()
+        scores = yield column_scores(coordinates[place.owned], self.ranking)  # (n,)
+        indices = top_columns(scores, place.form.rank)
+        state["indices"].copy_(indices)
+        return Choice(ColumnBasis(self._ready(place), indices), scores[indices].sum() / scores.sum(), previous)
+
+    def _ready(self, place: Place) -> Dictionary:
+        transform = self.transform
+        if transform == "auto" and self.materialize and place.repeated:
+            transform = "gemm"  # ranks that repeat the same work must round alike, so none may measure for itself
+        return place.cache.get(
+            self.dictionary,
+            place.form.n,
+            dtype=place.dtype,
+            device=place.device,
+            seed=self.seed,
+            transform=transform,
+            materialize=self.materialize,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnBasis:
+    """The columns at `indices` (r,), int64, ascending."""
+
+    dictionary: Dictionary
+    indices: Tensor
+
+    def take(self, coordinates: Tensor) -> Tensor:
+        return coordinates.index_select(1, self.indices)
+
+    def project(self, rows: Tensor) -> Tensor:
+        return self.dictionary.project(rows, self.indices)
+
+    def replace(self, coordinates: Tensor, coefficients: Tensor, keep: float) -> None:
+        coordinates.index_copy_(1, self.indices, coefficients * keep)
+
+    def add_lifted(
+        self, target: Tensor, coefficients: Tensor, *, decay: float, scale: float, columns: slice = slice(None)
+    ) -> None:
+        self.dictionary.add_lifted(target, coefficients, self.indices, decay=decay, scale=scale, columns=columns)
+
+    def change_from(self, previous: ColumnBasis) -> ColumnChange:
+        return ColumnChange(previous.indices, self.indices, self.dictionary.n)
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnChange:
+    """From one choice of columns of an orthonormal dictionary to another.
+
+    `D_old^T D_new` has at most one 1 per row and column, so whatever it does to first moments, its element-wise square
+    does to second ones: columns keep their moments wherever they stand, new ones start at zero.
+    """
+
+    old: Tensor  # (r,), int64, ascending
+    new: Tensor
+    n: int
+
+    def carry(self, transition: str, first: Iterable[Tensor], second: Iterable[Tensor]) -> None:
+        tensors = [*first, *second]
+        if transition == "keep":
+            return
+        if transition == "reset":
+            for tensor in tensors:
+                tensor.zero_()
+            return
+        slot = torch.full((self.n,), -1, dtype=torch.int64, device=self.new.device)
+        slot[self.old] = torch.arange(self.old.numel(), device=self.new.device)
+        source = slot[self.new]  # (r,): where a column was, -1 if it was not chosen
+        fresh = source < 0
+        for tensor in tensors:
+            tensor.copy_(tensor.index_select(-1, source.clamp(min=0)).masked_fill_(fresh, 0))
+
+    def return_dropped(self, coordinates: Tensor, momentum: Tensor) -> None:
+        coordinates.index_add_(1, self.old, momentum.masked_fill(torch.isin(self.old, self.new), 0))
