@@ -87,6 +87,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _forget_binding(self) -> None:
         self._bound: list[BoundGroup] | None = None
         self._bound_parameters: list[tuple[int, bool]] = []
+        self._bound_members: list[tuple[dict[str, Any], list[Tensor]]] = []  # groups and what they held
         self._unchecked: list[tuple[str, Tensor]] = []  # replicated parameters not yet compared between ranks
         self._shards_loaded = False  # and not yet compared between ranks
         self._dictionaries = DictionaryCache()
@@ -173,6 +174,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         complete = all(self._state.get(parameter) for parameter, trained in parameters if trained)
         if self._bound is not None and complete and seen == self._bound_parameters:
             return self._bound
+        self._forget_replaced()
         bound, position = [], 0
         with torch.inference_mode(False), torch.no_grad():
             for group in self.param_groups:
@@ -180,8 +182,22 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 bound.append(bind_group(group, position, recipe, self._state, self._replica_mesh, self._flat))
                 position += len(group["params"])
         self._bound, self._bound_parameters = bound, seen
+        self._bound_members = [(group, list(group["params"])) for group in self.param_groups]
         self._unchecked += [fresh for group in bound for fresh in group.fresh_replicas]
         return bound
+
+    def _forget_replaced(self) -> None:
+        """Drops the state of parameters that a wrapper has replaced, and comparisons that were still to be made.
+
+        Otherwise it would keep the whole weights alive beside the shards. Parameters of a group that is absent are
+        kept: there are wrappers that step with one group at a time.
+        """
+        present = {parameter for group in self.param_groups for parameter in group["params"]}
+        groups = {id(group) for group in self.param_groups}
+        held = {parameter for group, members in self._bound_members if id(group) in groups for parameter in members}
+        for parameter in held - present:
+            self._state.pop(parameter, None)
+        self._unchecked = [(name, p) for name, p in self._unchecked if p in present or p not in held]
 
     @property
     def state(self) -> Any:
@@ -282,6 +298,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._state, self._unchecked = kept, unchecked
             load_into([p for group in self.param_groups for p in group["params"]], kept, saved)
             self._shards_loaded = any(isinstance(value, DTensor) for state in saved for value in state.values())
+            self.bind()  # the groups are new objects now; what is replaced in them from here on is to be noticed
             for matrix in self._matrices():
                 matrix.previous_indices = None
 
