@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,12 +81,15 @@ def main() -> None:
     optimizer = DCTAdamW(param_groups(model, dense=["3.weight"]), lr=0.01, rank=0.25)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, SCHEDULE_STEPS)
 
+    def snapshot() -> dict[str, Any]:
+        weights, moments = get_state_dict(model, optimizer)
+        return {"model": weights, "optimizer": moments, "scheduler": scheduler.state_dict()}
+
     first_step = 0
     if arguments.load:
-        weights, moments = get_state_dict(model, optimizer)
-        state = {"model": weights, "optimizer": moments, "scheduler": scheduler.state_dict()}
+        state = snapshot()
         dcp.load(state, checkpoint_id=arguments.load)  # re-shards
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"])
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         first_step = scheduler.last_epoch
 
@@ -103,9 +107,7 @@ def main() -> None:
             print(f"step {step + 1} loss {mean.item():.6f}", flush=True)
 
     if arguments.save:
-        weights, moments = get_state_dict(model, optimizer)
-        state = {"model": weights, "optimizer": moments, "scheduler": scheduler.state_dict()}
-        dcp.save(state, checkpoint_id=arguments.save)
+        dcp.save(snapshot(), checkpoint_id=arguments.save)
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()

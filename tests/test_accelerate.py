@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin  # before the fork, for all ranks
+from accelerate.utils.fsdp_utils import load_fsdp_optimizer, save_fsdp_optimizer
 from processes import run_on_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist_lowrank.optim import DCTAdamW
+from dist_lowrank.sharding.layouts import local
 
 
 def _model() -> nn.Module:
@@ -37,17 +41,22 @@ def _losses(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any
     return losses
 
 
-def _under_fsdp2(rank: int, world_size: int, only_rank_zero_loads: bool) -> dict[str, Any]:
-    """accelerate's own preparation for FSDP2, on a CPU.
+def _fsdp2_accelerator(rank: int, world_size: int, **options: Any) -> Accelerator:
+    """With which accelerate itself prepares for FSDP2, on a CPU.
 
     accelerate looks at an FSDP plugin on GPUs only; the two attributes that it would set there are set here.
     """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=only_rank_zero_loads)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+def _under_fsdp2(rank: int, world_size: int, only_rank_zero_loads: bool) -> dict[str, Any]:
+    accelerator = _fsdp2_accelerator(rank, world_size, cpu_ram_efficient_loading=only_rank_zero_loads)
 
     model = _model()
     if only_rank_zero_loads and rank > 0:
@@ -77,6 +86,30 @@ def test_parameters_that_accelerate_replaces_for_fsdp2_train_as_in_one_process(
         assert found["losses"] == pytest.approx(expected, rel=1e-5)
         assert found["originals alive"] == 0
         assert found["state is of the parameters"]
+
+
+def _saved_and_loaded(rank: int, world_size: int, folder: str, kind: str) -> list[bool]:
+    accelerator = _fsdp2_accelerator(rank, world_size, state_dict_type=kind)
+    model = _model()
+    model, optimizer = accelerator.prepare(model, DCTAdamW(model.named_parameters(), lr=0.1, rank=0.5))
+    _losses(model, optimizer, accelerator)
+    save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, folder)
+    kept = copy.deepcopy(optimizer.state_dict()["state"])
+    _losses(model, optimizer, accelerator)
+    load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, folder)
+    loaded = optimizer.state_dict()["state"]
+    return [
+        loaded[index][key].dtype == value.dtype and torch.equal(local(loaded[index][key]), local(value))
+        for index, state in kept.items()
+        for key, value in state.items()
+    ]
+
+
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+def test_the_fsdp_checkpoints_of_accelerate_hold_the_whole_state(tmp_path: Path, kind: str) -> None:
+    for equal in run_on_ranks(2, _saved_and_loaded, 2, str(tmp_path), kind):
+        assert len(equal) > 10
+        assert all(equal)
 
 
 def test_stepping_with_one_group_at_a_time_keeps_the_state_of_the_others() -> None:
