@@ -41,7 +41,7 @@ def fetch(layouts: list[Layout], local: list[Tensor]) -> list[Tensor]:
 
 def deliver(layouts: list[Layout], weights: list[Tensor], updates: list[Tensor]) -> None:
     """Adds this multiple of the lifted rows: weight = 0.5 weight - 2 update."""
-    if layouts[0].delivery == "own rows":
+    if layouts[0].delivery() == "own rows":
         for layout, weight, rows in zip(layouts, weights, updates, strict=True):
             layout.add_rows(weight, rows, decay=0.5, scale=-2.0)
         return

@@ -491,7 +491,7 @@ def _corrupted(rank: int) -> str:
 
 def test_a_rank_with_other_columns_is_named_with_the_parameter_on_every_rank() -> None:
     for message in run_on_ranks(3, _corrupted):
-        assert "the columns chosen for 'odd.weight' on rank 1 are not those of rank 0" in message
+        assert "the directions chosen for 'odd.weight' on rank 1 are not those of rank 0" in message
 
 
 def test_a_failing_rank_fails_the_test() -> None:

@@ -37,7 +37,7 @@ class BoundMatrix:
     parameter: Tensor
     layout: Layout
     dtype: torch.dtype  # of the arithmetic
-    keys: tuple[str, ...]  # of its state
+    specs: Mapping[str, StateTensor]  # of its state, beside the step counter
     captured_energy: Tensor | None = None  # share of the score in the chosen columns, at the last refresh
     previous_indices: Tensor | None = None  # what was chosen before the last refresh; empty if that was the first
 
@@ -52,7 +52,7 @@ class BoundMatrix:
 
     def state(self, of_parameter: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's tensors of this matrix, out of the state of its parameter."""
-        own = {key: local(of_parameter[self.piece.prefix + key]) for key in self.keys}
+        own = {key: local(of_parameter[self.piece.prefix + key]) for key in ("step", *self.specs)}
         stack = self.piece.stack
         if stack is None:
             return own
@@ -64,9 +64,9 @@ class BoundMatrix:
         elements = (2 * form.n + 2 * form.rank) * block
         if self.layout.exchanges:
             elements += 2 * form.n * block  # sent and received
-        if self.layout.delivery == "coefficients":
+        if self.layout.delivery() == "coefficients":
             elements += 2 * form.rank * form.rows  # received and put together
-        elif self.layout.delivery != "local":
+        elif self.layout.delivery() != "local":
             elements += 3 * form.n * block  # lifted, sent and received
         return elements * self.dtype.itemsize
 
@@ -169,7 +169,7 @@ def bind_parameter(
         layout = read_layout(piece, parameter, form, replicas, None if place is None else place.group)
         dtype = arithmetic_dtype(parameter)
         specs = recipe.state(form, dtype)
-        bound.matrices.append(BoundMatrix(piece, parameter, layout, dtype, ("step", *specs)))
+        bound.matrices.append(BoundMatrix(piece, parameter, layout, dtype, specs))
         if not state and f"{piece.prefix}step" not in fresh:  # the matrices of a stack share theirs
             fresh[f"{piece.prefix}step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             fresh |= {piece.prefix + key: _zeros(piece, layout, spec, parameter) for key, spec in specs.items()}
@@ -179,8 +179,10 @@ def bind_parameter(
 def _zeros(piece: Piece, layout: Layout, spec: StateTensor, parameter: Tensor) -> Tensor:
     """A state tensor: (rows, columns) globally, sharded by rows, or (columns,); of a stack, one more axis in front."""
     stack, mesh = piece.stack, layout.mesh
-    shape: tuple[int, ...] = (layout.form.rows, spec.columns) if spec.sharded else (spec.columns,)
-    block: tuple[int, ...] = (layout.stop - layout.start, spec.columns) if spec.sharded else shape
+    shape: tuple[int, ...] = (spec.columns,) if spec.rows is None else (spec.rows, spec.columns)
+    block = shape
+    if spec.sharded:
+        shape, block = (layout.form.rows, spec.columns), (layout.stop - layout.start, spec.columns)
     placements = list(layout.placements) if spec.sharded else []
     if stack is not None:
         shape, block = (stack.size, *shape), (stack.stop - stack.start, *block)

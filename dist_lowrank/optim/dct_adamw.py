@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ _STORAGES: dict[str, Storage] = {
     "int8": Levels(8),
     "int4": Levels(4),
 }
-_RESIDUALS: dict[str, Residual] = {"none": Drop()} | {
+_RESIDUALS: Mapping[str, Residual] = {"none": Drop()} | {
     name: Accumulate("error_feedback", "error_feedback", storage=storage) for name, storage in _STORAGES.items()
 }
 

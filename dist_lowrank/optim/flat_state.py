@@ -46,9 +46,8 @@ def cut_flat_state(bound: BoundParameter, place: FlatPlace, saved: Mapping[str, 
 
 
 def _sharded_keys(matrix: BoundMatrix, state: Mapping[str, Tensor]) -> list[str]:
-    """With a row for each row of the matrix; others are vectors or numbers."""
-    keys = [matrix.piece.prefix + key for key in matrix.keys]
-    return [key for key in keys if key in state and state[key].ndim == 2]
+    keys = [matrix.piece.prefix + key for key, spec in matrix.specs.items() if spec.sharded]
+    return [key for key in keys if key in state]
 
 
 def _moments(dense: DenseParameter) -> list[str]:

@@ -32,8 +32,11 @@ class Moments(Protocol):
     def read(self, state: Mapping[str, Tensor], rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """The moments in the dtype of the arithmetic, (l, r) or (r,); modified in place until `write`."""
 
-    def carry(self, moments: Mapping[str, Tensor], change: Change, transition: str) -> None:
-        """Takes them along when the directions change, in place."""
+    def carry(self, moments: Mapping[str, Tensor], change: Change, transition: str, step: int) -> None:
+        """Takes them along when the directions change at a step, in place."""
+
+    def step_factor(self, step: int) -> float:
+        """What of the direction is a factor of the step size, for residuals that compare it with the coefficients."""
 
     def direction(self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
         """Updates the moments; returns the direction of this rank's rows, (l, r).
@@ -64,6 +67,7 @@ class Adam:
     eps: float
     column_bias_correction: bool = False
     moment_dtype: torch.dtype | None = None  # None: the dtype of the arithmetic
+    corrected_eps: bool = True  # False: added to the root before it is corrected, as the family of GaLore does
 
     def __post_init__(self) -> None:
         check_betas("betas", self.betas)
@@ -93,9 +97,20 @@ class Adam:
             moments["age"] = state["age"]
         return moments
 
-    def carry(self, moments: Mapping[str, Tensor], change: Change, transition: str) -> None:
-        second = [moments[key] for key in ("exp_avg_sq", "age") if key in moments]
-        change.carry(transition, [moments["exp_avg"]], second)
+    def carry(self, moments: Mapping[str, Tensor], change: Change, transition: str, step: int) -> None:
+        mean, square = moments["exp_avg"], moments["exp_avg_sq"]
+        if transition != "move_variance" or step == 1:
+            change.carry(transition, [mean], [square, *(moments[key] for key in ("age",) if key in moments)])
+            return
+        # The variance is carried as a second moment, the mean as a first (LDAdam, arXiv 2410.16103, section 3.2).
+        correction1, correction2 = 1 - self.betas[0] ** (step - 1), 1 - self.betas[1] ** (step - 1)
+        square.div_(correction2).sub_((mean / correction1).square())
+        change.carry("move", [mean], [square])
+        square.add_((mean / correction1).square()).abs_().mul_(correction2)
+
+    def step_factor(self, step: int) -> float:
+        beta1, beta2 = self.betas
+        return 1.0 if self.corrected_eps else (1 - beta2**step) ** 0.5 / (1 - beta1**step)
 
     def direction(self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
         yield from ()  # needs no sums
@@ -106,6 +121,8 @@ class Adam:
         if self.column_bias_correction:
             age = moments["age"].add_(1).to(coefficients.dtype)  # (r,)
             return (mean / (1 - beta1**age)) / (square / (1 - beta2**age)).sqrt_().add_(self.eps)
+        if not self.corrected_eps:
+            return (mean / square.sqrt().add_(self.eps)).mul_(self.step_factor(step))
         return (mean / (1 - beta1**step)) / (square / (1 - beta2**step)).sqrt_().add_(self.eps)
 
     def write(self, moments: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: RowNoise) -> None:
@@ -142,8 +159,11 @@ class NewtonSchulz:
     def read(self, state: Mapping[str, Tensor], rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
         return {}
 
-    def carry(self, moments: Mapping[str, Tensor], change: Change, transition: str) -> None:
+    def carry(self, moments: Mapping[str, Tensor], change: Change, transition: str, step: int) -> None:
         pass
+
+    def step_factor(self, step: int) -> float:
+        return 1.0
 
     def direction(self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
         a, b, c = self.coefficients

@@ -237,8 +237,33 @@ class RandomProjection:
         drawn = gaussian(place, "projection", number, rank)
         if self.kind == "gaussian":
             return drawn / math.sqrt(rank)
-        q, r = torch.linalg.qr(drawn.double())
-        return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).to(place.dtype)  # positive diagonal: uniform
+        return _orthonormal(drawn).to(place.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class SvdThenRandom(_Stored):
+    """The SVD's subspace, and from a step on random ones (GoLore, arXiv 2410.11289)."""
+
+    switch_step: int
+
+    def __post_init__(self) -> None:
+        check_count("switch_step", self.switch_step)
+
+    def statistics(self, form: TallForm) -> list[int]:
+        return Svd().statistics(form)
+
+    def choose(
+        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, momentum: Tensor | None
+    ) -> Rule[Choice]:
+        if place.random.step < self.switch_step:
+            return (yield from Svd().choose(coordinates, state, place, number, momentum))
+        return _keep(_orthonormal(gaussian(place, "projection", number, place.form.rank)), state, None)
+
+
+def _orthonormal(drawn: Tensor) -> Tensor:
+    """Uniform on the Stiefel manifold, from independent normal numbers (n, r); float64."""
+    q, r = torch.linalg.qr(drawn.double())
+    return torch.mul(q, torch.where(r.diagonal() < 0, -1.0, 1.0))  # with a positive diagonal the factor is unique
 
 
 def gaussian(place: Place, purpose: str, number: int, columns: int) -> Tensor:

@@ -52,6 +52,9 @@ class Recipe:
     residual: Residual
     transition: str = "move"
     scale: str = "none"
+    alpha: float = 1.0  # factor of the direction, but not of what the residual adds
+    refresh_after_first: bool = False  # at steps 1, T + 1, 2 T + 1, ... instead of 1, T, 2 T, ...
+    decay_last: bool = False  # of the weights that were updated, instead of those before
     return_momentum: bool = False  # of columns that are dropped, to the residual
     weight_rounding: str = "nearest"
 
@@ -79,12 +82,28 @@ class Recipe:
         return {key: spec for part in parts for key, spec in part.state(form, dtype).items()}
 
     def refreshes(self, step: int) -> bool:
-        """Whether directions are chosen at a step: at 1 and at multiples of the interval."""
+        """Whether directions are chosen at a step."""
+        if self.refresh_after_first:
+            return (step - 1) % self.refresh_interval == 0
         return step == 1 or step % self.refresh_interval == 0
+
+    def choices_before(self, step: int) -> int:
+        """At a step that chooses: a number that grows with each choice, 0 at the first."""
+        return 0 if step == 1 else max(1, (step - self.refresh_after_first) // self.refresh_interval)
+
+    @property
+    def full_rows(self) -> bool:
+        """Whether the update has more than a lifted direction."""
+        return self.residual.full_rows
+
+    def columns_delivered(self, form: TallForm) -> int:
+        """Numbers per row that ranks need to update each other's rows."""
+        return self.residual.lifts * form.rank + self.full_rows
 
     def statistics(self, form: TallForm, refresh: bool) -> list[int]:
         """By round: the size of what the rule of one matrix sums over ranks."""
-        return (self.subspace.statistics(form) if refresh else []) + self.moments.statistics(form)
+        chosen = self.subspace.statistics(form) if refresh else []
+        return chosen + self.moments.statistics(form) + self.residual.statistics(form)
 
 
 def column_options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,11 +115,12 @@ def column_options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a rule returns: the lifted direction is to be subtracted, times the step size."""
+    """What a rule returns: the lifted direction and what the residual adds, to be subtracted times the step size."""
 
-    direction: Tensor  # (l, r), this rank's rows
+    direction: Tensor  # (l, r), this rank's rows; (l, 0): nothing is lifted
     basis: Basis
     choice: Choice | None  # if the directions were chosen at this step
+    weights: Tensor | None = None  # (l, 1), of the rows that the residual adds
 
 
 def low_rank_rule(
@@ -122,16 +142,22 @@ def low_rank_rule(
         if refresh:
             wanted = recipe.return_momentum or subspace.uses_momentum
             momentum = recipe.moments.undelivered(moments) if wanted else None
-            choice = yield from subspace.choose(coordinates, state, place, step - 1, momentum)
+            choice = yield from subspace.choose(coordinates, state, place, recipe.choices_before(step), momentum)
             change, basis = choice.basis.change_from(basis), choice.basis
         coefficients = basis.take(coordinates)  # (l, r)
         if refresh:
             if recipe.return_momentum and momentum is not None:
                 change.return_dropped(coordinates, momentum)
-            recipe.moments.carry(moments, change, recipe.transition)
+            recipe.moments.carry(moments, change, recipe.transition, step)
         residual.store(coordinates, basis, coefficients, state)
     else:
         coefficients = basis.project(rows)
     direction = yield from recipe.moments.direction(coefficients, moments, step, place.owned)
     recipe.moments.write(moments, state, noise)
-    return Update(direction, basis, choice)
+    weights = None
+    if residual.full_rows:
+        factor = recipe.moments.step_factor(step)
+        found = yield from residual.weights(rows, coefficients, direction / factor, basis, state, place.owned)
+        weights = found * factor
+    direction = direction * recipe.alpha if residual.lifts else direction[:, :0]
+    return Update(direction, basis, choice, weights)

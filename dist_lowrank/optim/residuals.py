@@ -9,17 +9,20 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from dist_lowrank.optim.options import check_number
+from dist_lowrank.optim.options import check_choice, check_number
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.optim.storage import Floats, Storage
 from dist_lowrank.optim.subspace import Basis
 from dist_lowrank.sharding.layouts import TallForm
+from dist_lowrank.sharding.rule import Rule
 
 
 class Residual(Protocol):
     """Adds what was left over to the coordinates of a gradient, and keeps what is left over now."""
 
     needs_coordinates: ClassVar[bool]  # at every step, not only at a refresh
+    full_rows: ClassVar[bool]  # adds whole rows to the update
+    lifts: ClassVar[bool]  # whether the direction is part of the update
 
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]: ...
 
@@ -32,12 +35,35 @@ class Residual(Protocol):
     def store(self, coordinates: Tensor, basis: Basis, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
         """Stores what is left of the sum (l, n) after its `coefficients` (l, r) on the basis were used."""
 
+    def statistics(self, form: TallForm) -> list[int]:
+        """By round: the number of elements of what `weights` yields."""
+
+    def weights(
+        self,
+        rows: Tensor,
+        coefficients: Tensor,
+        direction: Tensor,
+        basis: Basis,
+        state: Mapping[str, Tensor],
+        owned: slice,
+    ) -> Rule[Tensor]:
+        """How much of each row is added, (l, 1); only with `full_rows`.
+
+        Args:
+            direction: (l, r), without the step's factor.
+        """
+
+    def added(self, rows: Tensor, weights: Tensor, basis: Basis) -> Tensor:
+        """What is added to the update for any rows (l, n) of the gradient; only with `full_rows`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Drop:
     """The rest is dropped."""
 
     needs_coordinates: ClassVar[bool] = False
+    full_rows: ClassVar[bool] = False
+    lifts: ClassVar[bool] = True  # whether the direction is part of the update
 
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
         return {}
@@ -48,9 +74,26 @@ class Drop:
     def store(self, coordinates: Tensor, basis: Basis, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
         pass
 
+    def statistics(self, form: TallForm) -> list[int]:
+        return []
+
+    def weights(
+        self,
+        rows: Tensor,
+        coefficients: Tensor,
+        direction: Tensor,
+        basis: Basis,
+        state: Mapping[str, Tensor],
+        owned: slice,
+    ) -> Rule[Tensor]:
+        raise NotImplementedError
+
+    def added(self, rows: Tensor, weights: Tensor, basis: Basis) -> Tensor:
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, slots=True)
-class Accumulate:
+class Accumulate(Drop):
     """The rest waits in an accumulator, in the subspace's coordinates, together with `keep` of what was used.
 
     For dictionary columns: `E += A D; a = E[:, I]; E[:, I] *= keep`. With keep = 0 this is error feedback; with keep =
@@ -64,7 +107,7 @@ class Accumulate:
     keep: float = 0.0
     storage: Storage = field(default_factory=Floats)
 
-    needs_coordinates: ClassVar[bool] = True
+    needs_coordinates: ClassVar[bool] = True  # of Drop's, the rest stays
 
     def __post_init__(self) -> None:
         check_number(self.name, self.keep, below=1)
@@ -78,3 +121,148 @@ class Accumulate:
     def store(self, coordinates: Tensor, basis: Basis, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
         basis.replace(coordinates, coefficients, self.keep)
         self.storage.write(self.name, coordinates, state)
+
+
+@dataclass(frozen=True, slots=True)
+class Sign(Drop):
+    """The rest takes a step of signs, without state (FRUGAL, arXiv 2411.07837)."""
+
+    scale: float = 1.0
+
+    full_rows: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_number("residual_scale", self.scale)
+
+    def weights(
+        self,
+        rows: Tensor,
+        coefficients: Tensor,
+        direction: Tensor,
+        basis: Basis,
+        state: Mapping[str, Tensor],
+        owned: slice,
+    ) -> Rule[Tensor]:
+        yield from ()  # needs no sums
+        return rows.new_full((rows.shape[0], 1), self.scale)
+
+    def added(self, rows: Tensor, weights: Tensor, basis: Basis) -> Tensor:
+        return _outside(rows, basis).sign_().mul_(weights)
+
+
+@dataclass(frozen=True, slots=True)
+class _Limited(Drop):
+    """Whole rows, each scaled as Adam scales its coefficients, whose norm may grow by `limit` per step at most.
+
+    The weight of row j is `|direction_j| / |coefficients_j|`. The norm of the weighted rows, summed over ranks, is
+    compared with that of the step before, and limited to `limit` times it; 0 switches the limiter off.
+    """
+
+    limit: float = 1.01
+
+    full_rows: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_number("limit", self.limit)
+
+    def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
+        return {"residual_norm": StateTensor(1, dtype, "other_state", sharded=False)} if self.limit else {}
+
+    def limited(self, norm: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """The factor under which the norm, (), stays within the limit."""
+        if not self.limit:
+            return torch.ones_like(norm)
+        previous = state["residual_norm"]
+        growth = (norm / (previous[0] + 1e-8)).clamp(min=self.limit) / self.limit
+        factor = torch.where(previous[0] > 0, 1 / growth, torch.ones_like(norm))
+        previous.copy_((norm * factor).view(1))
+        return factor
+
+
+@dataclass(frozen=True, slots=True)
+class NormScaled(_Limited):
+    """What is outside the subspace, scaled row by row (Fira, arXiv 2410.01623, section 4).
+
+    `inside` is the part of the coefficients that is left in: 0 in the paper, `1 - alpha` in its code.
+    """
+
+    inside: float = 0.0
+
+    def statistics(self, form: TallForm) -> list[int]:
+        return [1] if self.limit else []
+
+    def weights(
+        self,
+        rows: Tensor,
+        coefficients: Tensor,
+        direction: Tensor,
+        basis: Basis,
+        state: Mapping[str, Tensor],
+        owned: slice,
+    ) -> Rule[Tensor]:
+        weights = _row_ratio(direction, coefficients)
+        if not self.limit:
+            return weights
+        total = yield self.added(rows, weights, basis)[owned].square().sum()
+        return weights * self.limited(total.sqrt(), state)
+
+    def added(self, rows: Tensor, weights: Tensor, basis: Basis) -> Tensor:
+        return _outside(rows, basis, keep=self.inside).mul_(weights)
+
+
+@dataclass(frozen=True, slots=True)
+class GradientScaled(_Limited):
+    """The gradient itself, scaled; the direction only says how much (APOLLO, arXiv 2412.05270).
+
+    `channel`: row by row. `tensor`: all by one factor, the ratio of the whole norms. Times `sqrt(scale)`.
+    """
+
+    per: str = "channel"
+    scale: float = 1.0
+
+    lifts: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_number("limit", self.limit)
+        check_choice("per", self.per, ("channel", "tensor"))
+        check_number("scale", self.scale)
+
+    def statistics(self, form: TallForm) -> list[int]:
+        return [3] if self.per == "tensor" else [1] if self.limit else []
+
+    def weights(
+        self,
+        rows: Tensor,
+        coefficients: Tensor,
+        direction: Tensor,
+        basis: Basis,
+        state: Mapping[str, Tensor],
+        owned: slice,
+    ) -> Rule[Tensor]:
+        if self.per == "tensor":
+            parts = [part[owned].square().sum() for part in (direction, coefficients, rows)]
+            whole, inside, norm = (yield torch.stack(parts)).sqrt()
+            weights = (whole / (inside + 1e-8)).expand(rows.shape[0], 1)
+            norm = norm * whole / (inside + 1e-8)
+        else:
+            weights = _row_ratio(direction, coefficients)
+            if self.limit:
+                norm = (yield (rows * weights)[owned].square().sum()).sqrt()
+        if self.limit:
+            weights = weights * self.limited(norm, state)
+        return torch.mul(weights, self.scale**0.5)
+
+    def added(self, rows: Tensor, weights: Tensor, basis: Basis) -> Tensor:
+        return rows * weights
+
+
+def _row_ratio(direction: Tensor, coefficients: Tensor) -> Tensor:
+    norms = [torch.linalg.vector_norm(each, dim=1, keepdim=True) for each in (direction, coefficients)]
+    return norms[0] / (norms[1] + 1e-8)
+
+
+def _outside(rows: Tensor, basis: Basis, keep: float = 0.0) -> Tensor:
+    """Rows (l, n) without (but for the `keep`-th part of) what the basis holds of them."""
+    outside = rows.clone()
+    basis.add_lifted(outside, basis.project(rows), decay=1.0, scale=keep - 1)
+    return outside

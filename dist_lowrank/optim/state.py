@@ -12,10 +12,11 @@ class StateTensor:
     """One tensor of state.
 
     `sharded` tensors have a row for each row of the tall form and `columns` columns; they are cut like the matrix.
-    Others are vectors of `columns` entries, the same on all ranks.
+    Others are the same on all ranks: vectors of `columns` entries, or matrices of `rows` such rows.
     """
 
     columns: int
     dtype: torch.dtype
-    cause: str  # its line in the memory ledger: moments, indices, error_feedback
+    cause: str  # its line in the memory ledger: moments, indices, projection, error_feedback
     sharded: bool = True
+    rows: int | None = None  # of a matrix that is not sharded

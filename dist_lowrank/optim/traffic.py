@@ -89,9 +89,14 @@ def _of_wave(wave: Sequence[Job], refresh: bool) -> Iterator[Collective]:
             if size is not None and matrix.layout.group is not None
         ]
         yield from _fused("sums", "all_reduce", summed)
-    gathered = [(matrix, _gathered(matrix)) for matrix in matrices if matrix.layout.delivery == "coefficients"]
+    deliveries = [matrix.layout.delivery(recipe.full_rows) for matrix, recipe in wave]
+    gathered = [
+        (matrix, matrix.layout.largest_block * recipe.columns_delivered(matrix.layout.form))  # short blocks are padded
+        for (matrix, recipe), delivery in zip(wave, deliveries, strict=True)
+        if delivery == "coefficients"
+    ]
     yield from _fused("coefficients", "all_gather", gathered)
-    returned = [(matrix, _returned(matrix)) for matrix in matrices if matrix.layout.delivery == "rows"]
+    returned = [(matrix, _returned(matrix)) for matrix, d in zip(matrices, deliveries, strict=True) if d == "rows"]
     yield from _fused("updates", "all_to_all", returned)
 
 
@@ -118,10 +123,6 @@ def _fetched(matrix: BoundMatrix) -> int:
     """Elements of its gradient that this rank sends so that rows become whole."""
     gradient = torch.empty_like(local(matrix.parameter), device="meta", memory_format=torch.contiguous_format)
     return _elements(matrix.layout.outgoing(matrix.piece.view(gradient)))
-
-
-def _gathered(matrix: BoundMatrix) -> int:
-    return matrix.layout.largest_block * matrix.layout.form.rank  # short blocks are padded
 
 
 def _returned(matrix: BoundMatrix) -> int:

@@ -20,8 +20,8 @@ from dist_lowrank.optim.binding import BoundMatrix
 from dist_lowrank.optim.dense import local_gradient, part_of_gradient
 from dist_lowrank.optim.recipe import SCALES, Recipe, Update, low_rank_rule
 from dist_lowrank.optim.rounding import RandomBits, RowNoise, store_weight
-from dist_lowrank.optim.subspace import Basis, Place
-from dist_lowrank.sharding.layouts import local
+from dist_lowrank.optim.subspace import Place
+from dist_lowrank.sharding.layouts import TallForm, local
 from dist_lowrank.sharding.rounds import Task, ranks_that_differ, run_rounds
 from dist_lowrank.sharding.transport import exchange_updates, fetch_rows, gather_coefficients
 
@@ -73,49 +73,68 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
         random.append(bits)
         tasks.append(Task(rule, layout.group))
     updates = run_rounds(tasks)
-    directions = gather_coefficients(layouts, [update.direction for update in updates])
+    deliveries = [matrix.layout.delivery(recipe.full_rows) for matrix, recipe in wave]
+    shares = gather_coefficients(layouts, [_share(update) for update in updates], deliveries)
     lifted = [
-        _lift(update, layout.form.n) if layout.delivery in ("rows", "own rows") else update.direction
-        for layout, update in zip(layouts, updates, strict=True)
+        _lift(update, recipe, own_rows) if delivery in ("rows", "own rows") else update.direction
+        for update, (_, recipe), own_rows, delivery in zip(updates, wave, rows, deliveries, strict=True)
     ]
-    arrived = exchange_updates(layouts, lifted)
+    arrived = exchange_updates(layouts, lifted, deliveries)
     for index, (matrix, recipe) in enumerate(wave):
-        choice = updates[index].choice
-        if choice is not None:
-            matrix.previous_indices, matrix.captured_energy = choice.previous_indices, choice.captured
+        update, layout = updates[index], matrix.layout
+        if update.choice is not None:
+            matrix.previous_indices, matrix.captured_energy = update.choice.previous_indices, update.choice.captured
         weight = matrix.piece.view(local(matrix.parameter.detach()))
         target = weight.to(matrix.dtype)  # the weight itself unless it is of lower precision
-        _apply(target, matrix, recipe, updates[index].basis, directions[index], lifted[index], arrived[index])
+        decay, scale = step_size(recipe, layout.form)
+        if deliveries[index] == "rows":
+            layout.add_update(target, arrived[index], decay=decay, scale=scale)
+        elif deliveries[index] == "own rows":
+            layout.add_rows(target, lifted[index], decay=decay, scale=scale)
+        else:
+            held = layout.form.view(gradients[index]).to(matrix.dtype) if recipe.full_rows else None
+            _add(layout.form.view(target), update, shares[index], recipe, held, decay, scale, layout.columns)
         if weight.dtype != matrix.dtype:
-            layout = matrix.layout
             store_weight(weight, target, recipe.weight_rounding, random[index], layout.offset, layout.form.shape)
 
 
-def _lift(update: Update, n: int) -> Tensor:
-    rows = update.direction.new_zeros(len(update.direction), n)
-    update.basis.add_lifted(rows, update.direction, decay=1.0, scale=1.0)
-    return rows
-
-
-def _apply(
-    target: Tensor,
-    matrix: BoundMatrix,
-    recipe: Recipe,
-    basis: Basis,
-    direction: Tensor,
-    lifted: Tensor,
-    arrived: list[Tensor],
-) -> None:
-    """Updates the local values of a parameter, from whichever form of the update its layout delivers."""
-    layout = matrix.layout
+def step_size(recipe: Recipe, form: TallForm) -> tuple[float, float]:
+    """What the weight and the update are multiplied by."""
     decay = 1 - float(recipe.lr) * recipe.weight_decay
-    scale = -float(recipe.lr) * SCALES[recipe.scale](*layout.form.shape)
-    if layout.delivery == "rows":
-        layout.add_update(target, arrived, decay=decay, scale=scale)
-    elif layout.delivery == "own rows":
-        layout.add_rows(target, lifted, decay=decay, scale=scale)
+    scale = -float(recipe.lr) * SCALES[recipe.scale](*form.shape)
+    return decay, scale * decay if recipe.decay_last else scale
+
+
+def _share(update: Update) -> Tensor:
+    """What other ranks need of an update: directions, and the weights of rows as one more column."""
+    return update.direction if update.weights is None else torch.cat([update.direction, update.weights], dim=1)
+
+
+def _lift(update: Update, recipe: Recipe, rows: Tensor) -> Tensor:
+    """The update of the rows worked on, (l, n)."""
+    lifted = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+    _add(lifted, update, _share(update), recipe, rows, 1.0, 1.0, slice(None))
+    return lifted
+
+
+def _add(
+    target: Tensor,
+    update: Update,
+    share: Tensor,
+    recipe: Recipe,
+    rows: Tensor | None,
+    decay: float,
+    scale: float,
+    columns: slice,
+) -> None:
+    """In place: `target = decay * target + scale * update`, for the rows and columns of target."""
+    rank = update.direction.shape[1]
+    if rank:
+        update.basis.add_lifted(target, share[:, :rank], decay=decay, scale=scale, columns=columns)
     else:
-        basis.add_lifted(layout.form.view(target), direction, decay=decay, scale=scale, columns=layout.columns)
+        target.mul_(decay)
+    if rows is not None and update.weights is not None:
+        target.add_(recipe.residual.added(rows, share[:, rank:], update.basis), alpha=scale)
 
 
 def verify_columns(matrices: Sequence[BoundMatrix], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
@@ -129,17 +148,21 @@ def verify_columns(matrices: Sequence[BoundMatrix], state: Mapping[Tensor, Mappi
         if matrix.layout.group is not None and matrix.present:
             by_group.setdefault(matrix.layout.group, []).append(matrix)
     for group, members in by_group.items():
-        sums = torch.stack([_checksum(matrix.state(state[matrix.parameter])["indices"]) for matrix in members])
+        sums = torch.stack([_checksum(matrix, state[matrix.parameter]) for matrix in members])
         differing = ranks_that_differ(sums, group)
         if differing:
             rank, position = differing[0]
             raise RuntimeError(
-                f"the columns chosen for {members[position].name!r} on rank {dist.get_global_rank(group, rank)} are "
+                f"the directions chosen for {members[position].name!r} on rank {dist.get_global_rank(group, rank)} are "
                 f"not those of rank {dist.get_global_rank(group, 0)} ({len(differing)} differ in all): state was "
                 "corrupted, or ranks have seen different sums; continue from an earlier checkpoint"
             )
 
 
-def _checksum(indices: Tensor) -> Tensor:
-    """Of ascending indices, (), int64; depends on their order."""
-    return ((indices.long() + 1) * torch.arange(1, indices.numel() + 1, device=indices.device)).sum()
+def _checksum(matrix: BoundMatrix, of_parameter: Mapping[str, Tensor]) -> Tensor:
+    """Of the state that says which directions were chosen, (), int64; depends on the order."""
+    own = matrix.state(of_parameter)
+    keys = [key for key, spec in matrix.specs.items() if spec.cause in ("indices", "projection") and not spec.sharded]
+    parts = [own[key].float().view(torch.int32) if own[key].is_floating_point() else own[key] + 1 for key in keys]
+    bits = torch.cat([part.long().flatten() for part in parts] or [own["step"].long().view(1)])
+    return (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()

@@ -40,9 +40,8 @@ class ColumnBlock(Layout):
     def exchanges(self) -> bool:
         return self.world_size > 1
 
-    @property
-    def delivery(self) -> str:
-        return "coefficients" if self.form.rank * self.world_size <= self.form.n else "rows"
+    def delivery(self, full_rows: bool = False) -> str:
+        return "coefficients" if self.form.rank * self.world_size <= self.form.n and not full_rows else "rows"
 
     @property
     def columns(self) -> slice:
@@ -155,8 +154,7 @@ class FlatRows(Layout):
     def exchanges(self) -> bool:
         return any(each.torn_rows() for each in self.slices)
 
-    @property
-    def delivery(self) -> str:
+    def delivery(self, full_rows: bool = False) -> str:
         return "own rows"
 
     @property
@@ -228,8 +226,7 @@ class FlatColumns(Layout):
     def exchanges(self) -> bool:
         return True
 
-    @property
-    def delivery(self) -> str:
+    def delivery(self, full_rows: bool = False) -> str:
         return "rows"
 
     def outgoing(self, gradient: Tensor) -> list[Tensor]:
@@ -281,8 +278,7 @@ class MovedRows(Layout):
     def exchanges(self) -> bool:
         return True
 
-    @property
-    def delivery(self) -> str:
+    def delivery(self, full_rows: bool = False) -> str:
         return "rows"
 
     def outgoing(self, gradient: Tensor) -> list[Tensor]:

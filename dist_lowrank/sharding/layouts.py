@@ -108,9 +108,11 @@ class Layout:
         """Whether ranks have to exchange parts of the gradient before rows are whole; the same on all ranks."""
         return False
 
-    @property
-    def delivery(self) -> str:
+    def delivery(self, full_rows: bool = False) -> str:
         """How the update gets from the rows worked on to the parameter's local tensor.
+
+        Args:
+            full_rows: it consists of whole rows, not only of coefficients.
 
         `local`: they are the same rows. `coefficients`: the directions of all ranks are gathered, L x r, and lifted on
         each. `rows`: lifted rows are exchanged. `own rows`: lifted rows are cut.
@@ -182,8 +184,7 @@ class RowBlock(Layout):
 
     replicated: bool = False  # the parameter is whole on every rank of `group`; results have to be gathered
 
-    @property
-    def delivery(self) -> str:
+    def delivery(self, full_rows: bool = False) -> str:
         return "coefficients" if self.replicated else "local"
 
     @property

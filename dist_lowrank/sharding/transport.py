@@ -6,7 +6,7 @@ group, dtype and device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def fetch_rows(layouts: Sequence[Layout], gradients: Sequence[Tensor], dtypes: S
         layout.rows(gradient).to(dtype) if isinstance(layout, RowBlock) else gradient.to(dtype)
         for layout, gradient, dtype in zip(layouts, gradients, dtypes, strict=True)
     ]
-    for group, members in _channels(layouts, rows, lambda layout: layout.exchanges):
+    for group, members in _channels(layouts, rows, [layout.exchanges for layout in layouts]):
         incoming = exchange(
             [layouts[index].outgoing(rows[index]) for index in members],
             [layouts[index].incoming_shapes() for index in members],
@@ -36,20 +36,24 @@ def fetch_rows(layouts: Sequence[Layout], gradients: Sequence[Tensor], dtypes: S
     return rows
 
 
-def gather_coefficients(layouts: Sequence[Layout], directions: Sequence[Tensor]) -> list[Tensor]:
-    """Completes directions, (stop - start, r) to (L, r), where a layout delivers coefficients."""
+def gather_coefficients(
+    layouts: Sequence[Layout], directions: Sequence[Tensor], deliveries: Sequence[str]
+) -> list[Tensor]:
+    """Completes directions, (stop - start, r) to (L, r), where coefficients are delivered."""
     complete = list(directions)
-    for group, members in _channels(layouts, directions, lambda layout: layout.delivery == "coefficients"):
+    for group, members in _channels(layouts, directions, [delivery == "coefficients" for delivery in deliveries]):
         blocks = [(directions[index], layouts[index].form.rows) for index in members]
         for index, gathered in zip(members, gather_rows(blocks, group), strict=True):
             complete[index] = gathered
     return complete
 
 
-def exchange_updates(layouts: Sequence[Layout], lifted: Sequence[Tensor]) -> list[list[Tensor]]:
-    """What came from each rank for this rank's part of the weights, where a layout delivers rows."""
+def exchange_updates(
+    layouts: Sequence[Layout], lifted: Sequence[Tensor], deliveries: Sequence[str]
+) -> list[list[Tensor]]:
+    """What came from each rank for this rank's part of the weights, where rows are delivered."""
     arrived: list[list[Tensor]] = [[] for _ in layouts]
-    for group, members in _channels(layouts, lifted, lambda layout: layout.delivery == "rows"):
+    for group, members in _channels(layouts, lifted, [delivery == "rows" for delivery in deliveries]):
         incoming = exchange(
             [layouts[index].outgoing_update(lifted[index]) for index in members],
             [layouts[index].incoming_update_shapes() for index in members],
@@ -61,11 +65,11 @@ def exchange_updates(layouts: Sequence[Layout], lifted: Sequence[Tensor]) -> lis
 
 
 def _channels(
-    layouts: Sequence[Layout], tensors: Sequence[Tensor], wanted: Callable[[Layout], bool]
+    layouts: Sequence[Layout], tensors: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[tuple[Any, list[int]]]:
     """The wanted matrices that can share a collective: process group, and positions."""
     channels: dict[tuple[Any, torch.dtype, torch.device], list[int]] = {}
     for index, (layout, tensor) in enumerate(zip(layouts, tensors, strict=True)):
-        if wanted(layout):
+        if wanted[index]:
             channels.setdefault((layout.group, tensor.dtype, tensor.device), []).append(index)
     return [(group, members) for (group, _, _), members in channels.items()]
