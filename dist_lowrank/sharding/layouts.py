@@ -147,6 +147,11 @@ class Layout:
         """Rows of the fullest rank: the same number on every rank, so fit for decisions that all must share."""
         return -(-self.form.rows // self.group_size)
 
+    @property
+    def largest_part(self) -> int:
+        """Elements of the fullest rank's local tensor of the parameter, or a few more; the same on every rank."""
+        return self.form.n * self.largest_block
+
     def sharded_state(self, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Zeros with a row for each row of the matrix, (rows, columns) globally, sharded as this layout says."""
         block = torch.zeros(self.stop - self.start, columns, dtype=dtype, device=device)
@@ -200,6 +205,10 @@ class RowBlock(Layout):
     @property
     def delivery(self) -> str:
         return "coefficients" if self.replicated else "local"
+
+    @property
+    def largest_part(self) -> int:
+        return self.form.n * (self.form.rows if self.replicated else self.largest_block)
 
     def rows(self, local: Tensor) -> Tensor:
         """This rank's rows, (stop - start, n), as a view of its local tensor of the parameter or gradient."""
