@@ -52,6 +52,11 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any], torch.dtype]] = {
     "moments int8": (DCTAdamW, {"moment_dtype": torch.int8}, torch.float32),
     "trion": (Trion, {}, torch.float32),
     "fft": (DCTAdamW, {"transform": "fft", "materialize": False}, torch.float32),
+    "fft, hadamard": (
+        DCTAdamW,
+        {"transform": "fft", "materialize": False, "dictionary": "hadamard", "refresh_interval": 2},
+        torch.float32,
+    ),
     "bf16 weights": (DCTAdamW, {}, BF16),
     "bf16 weights, stochastic": (DCTAdamW, {"weight_rounding": "stochastic"}, BF16),
 }

@@ -22,15 +22,15 @@ def held_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
     layout, form = matrix.layout, matrix.layout.form
     rows, part = form.n * layout.largest_block, layout.largest_part
     coefficients = form.rank * layout.largest_block
-    moments_of_most = [rows + coefficients]  # elements
+    phases = [rows + coefficients]  # elements; rows, then coordinates, and what comes of them
     if layout.exchanges:
-        moments_of_most.append(rows + 4 * part)  # received; converted, padded, cut and sent
+        phases.append(rows + 4 * part)  # received; converted, padded, cut and sent
     if layout.delivery == "coefficients":
-        moments_of_most.append(3 * coefficients + 2 * form.rank * form.rows)  # received and put together
+        phases.append(3 * coefficients + 2 * form.rank * form.rows)  # received and put together
     elif layout.delivery == "rows":
-        moments_of_most.append(coefficients + 3 * rows + part)  # lifted, cut and sent; received
+        phases.append(coefficients + 3 * rows + part)  # lifted, cut and sent; received
     sums = 3 * max(recipe.statistics(form, refresh=True), default=0)  # this rank's, packed, received
-    return (max(moments_of_most) + sums) * matrix.dtype.itemsize
+    return (max(phases) + sums) * matrix.dtype.itemsize
 
 
 def scratch_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
