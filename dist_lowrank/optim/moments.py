@@ -100,8 +100,8 @@ class Adam:
         square.mul_(beta2).addcmul_(coefficients, coefficients, value=1 - beta2)
         if self.column_bias_correction:
             age = moments["age"].add_(1).to(coefficients.dtype)  # (r,)
-            return (mean / (1 - beta1**age)) / (square / (1 - beta2**age)).sqrt_().add_(self.eps)
-        return (mean / (1 - beta1**step)) / (square / (1 - beta2**step)).sqrt_().add_(self.eps)
+            return (mean / (1 - beta1**age)).div_((square / (1 - beta2**age)).sqrt_().add_(self.eps))
+        return (mean / (1 - beta1**step)).div_((square / (1 - beta2**step)).sqrt_().add_(self.eps))
 
     def write(self, moments: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: RowNoise) -> None:
         for name, storage in self._storages().items():
