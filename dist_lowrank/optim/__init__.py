@@ -4,11 +4,29 @@ from dist_lowrank.optim import DCTAdamW, param_groups
 optimizer = DCTAdamW(param_groups(model), lr=1e-3, rank=0.25)
 """
 
+from dist_lowrank.optim.apollo import Apollo
 from dist_lowrank.optim.dct_adamw import DCTAdamW
+from dist_lowrank.optim.fira import Fira
+from dist_lowrank.optim.frugal import Frugal
+from dist_lowrank.optim.galore import GaLore, GoLore
+from dist_lowrank.optim.ldadam import LDAdam
 from dist_lowrank.optim.param_groups import param_groups
 from dist_lowrank.optim.published import published
 from dist_lowrank.optim.state_dict import full_state_dict
 from dist_lowrank.optim.trion import Trion
 from dist_lowrank.sharding.layouts import LayoutError
 
-__all__ = ["DCTAdamW", "LayoutError", "Trion", "full_state_dict", "param_groups", "published"]
+__all__ = [
+    "Apollo",
+    "DCTAdamW",
+    "Fira",
+    "Frugal",
+    "GaLore",
+    "GoLore",
+    "LDAdam",
+    "LayoutError",
+    "Trion",
+    "full_state_dict",
+    "param_groups",
+    "published",
+]

@@ -39,6 +39,10 @@ class DictionaryColumns:
     def structure(self) -> tuple[object, ...]:
         return (self.dictionary,)
 
+    @property
+    def made_at_use(self) -> bool:
+        return not self.materialize
+
     def check(self, form: TallForm) -> None:
         check_dictionary(self.dictionary, form.n)
 
@@ -55,13 +59,15 @@ class DictionaryColumns:
         return ColumnBasis(self._ready(place), state["indices"].long())
 
     def choose(
-        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, momentum: Tensor | None
+        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None
     ) -> Rule[Choice]:
         previous = state["indices"][: 0 if number == 0 else None].clone()
         scores = yield column_scores(coordinates[place.owned], self.ranking)  # (n,)
         indices = top_columns(scores, place.form.rank)
-        state["indices"].copy_(indices)
         return Choice(ColumnBasis(self._ready(place), indices), scores[indices].sum() / scores.sum(), previous)
+
+    def store(self, basis: ColumnBasis, state: Mapping[str, Tensor]) -> None:
+        state["indices"].copy_(basis.indices)
 
     def _ready(self, place: Place) -> Dictionary:
         transform = self.transform

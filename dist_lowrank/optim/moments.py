@@ -44,6 +44,9 @@ class Moments(Protocol):
         Yields sums over its `owned` rows where it needs totals.
         """
 
+    def mean(self, moments: Mapping[str, Tensor], step: int) -> Tensor:
+        """The bias-corrected mean of past coefficients, (l, r), before a step > 1. For subspaces that use momentum."""
+
     def write(self, moments: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: RowNoise) -> None:
         """Keeps the moments until the next step; `noise` decides where they are rounded at random."""
 
@@ -120,14 +123,17 @@ class Adam:
         square.mul_(beta2).addcmul_(coefficients, coefficients, value=1 - beta2)
         if self.column_bias_correction:
             age = moments["age"].add_(1).to(coefficients.dtype)  # (r,)
-            return (mean / (1 - beta1**age)) / (square / (1 - beta2**age)).sqrt_().add_(self.eps)
+            return (mean / (1 - beta1**age)).div_((square / (1 - beta2**age)).sqrt_().add_(self.eps))
         if not self.corrected_eps:
             return (mean / square.sqrt().add_(self.eps)).mul_(self.step_factor(step))
-        return (mean / (1 - beta1**step)) / (square / (1 - beta2**step)).sqrt_().add_(self.eps)
+        return (mean / (1 - beta1**step)).div_((square / (1 - beta2**step)).sqrt_().add_(self.eps))
 
     def write(self, moments: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: RowNoise) -> None:
         for name, storage in self._storages().items():
             storage.write(name, moments[name], state, noise)
+
+    def mean(self, moments: Mapping[str, Tensor], step: int) -> Tensor:
+        return moments["exp_avg"] / (1 - self.betas[0] ** (step - 1))
 
     def undelivered(self, moments: Mapping[str, Tensor]) -> Tensor | None:
         # A coefficient a enters as (1 - b1) a and is delivered in parts (1 - b1) b1^k a, k = 0, 1, ..., a in all.
@@ -184,6 +190,9 @@ class NewtonSchulz:
 
     def write(self, moments: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: RowNoise) -> None:
         pass
+
+    def mean(self, moments: Mapping[str, Tensor], step: int) -> Tensor:
+        raise ValueError("subspace: 'power' is not allowed with moments that keep no mean; allowed: another subspace")
 
     def undelivered(self, moments: Mapping[str, Tensor]) -> Tensor | None:
         return None

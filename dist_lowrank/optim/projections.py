@@ -56,6 +56,13 @@ class Projection:
 
 
 @dataclass(frozen=True, slots=True)
+class DrawnProjection(Projection):
+    """Drawn at random, and which draw it is."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Rotation:
     """From one n x r basis to another."""
 
@@ -85,6 +92,7 @@ class _Stored:
     """What the projections that are kept in the state have in common."""
 
     uses_momentum: ClassVar[bool] = False
+    made_at_use: ClassVar[bool] = False
 
     @property
     def structure(self) -> tuple[object, ...]:
@@ -102,6 +110,9 @@ class _Stored:
     def stored(self, state: Mapping[str, Tensor], place: Place) -> Projection:
         return Projection(state["projection"])
 
+    def store(self, basis: Projection, state: Mapping[str, Tensor]) -> None:
+        state["projection"].copy_(basis.vectors)
+
 
 @dataclass(frozen=True, slots=True)
 class Svd(_Stored):
@@ -116,7 +127,7 @@ class Svd(_Stored):
         return [form.n**2]
 
     def choose(
-        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, momentum: Tensor | None
+        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None
     ) -> Rule[Choice]:
         rows = coordinates[place.owned]
         gram = yield rows.t() @ rows  # (n, n)
@@ -124,8 +135,8 @@ class Svd(_Stored):
         values, vectors = values.flip(0), vectors.flip(1)[:, : place.form.rank]
         rounding = torch.finfo(place.dtype).eps * place.form.n
         if values[0] > 0 and values[place.form.rank - 1] <= rounding * values[0]:
-            return (yield from RandomizedSvd().choose(coordinates, state, place, number, momentum))
-        return _keep(vectors, state, values[: place.form.rank].sum() / values.sum())
+            return (yield from RandomizedSvd().choose(coordinates, state, place, number, mean))
+        return _chosen(vectors, place, values[: place.form.rank].sum() / values.sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +153,7 @@ class RandomizedSvd(_Stored):
         return [form.n * width] * self.power_iterations + [width**2 + 1]
 
     def choose(
-        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, momentum: Tensor | None
+        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None
     ) -> Rule[Choice]:
         rows = coordinates[place.owned]
         width = min(place.form.n, place.form.rank + OVERSAMPLING)
@@ -155,7 +166,7 @@ class RandomizedSvd(_Stored):
         total = yield torch.cat([gram.flatten(), energy])
         values, rotation = torch.linalg.eigh(total[:-1].view(width, width).double())
         vectors = basis.double() @ rotation.flip(1)[:, : place.form.rank]
-        return _keep(vectors, state, values.flip(0)[: place.form.rank].sum() / total[-1])
+        return _chosen(vectors, place, values.flip(0)[: place.form.rank].sum() / total[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,16 +187,16 @@ class PowerIteration(_Stored):
         return [form.n * form.rank]
 
     def choose(
-        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, momentum: Tensor | None
+        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None
     ) -> Rule[Choice]:
         if number == 0:
-            return (yield from Svd().choose(coordinates, state, place, number, momentum))
-        assert momentum is not None
+            return (yield from Svd().choose(coordinates, state, place, number, mean))
+        assert mean is not None
         vectors = state["projection"]
-        rows = torch.addmm(coordinates, momentum, vectors.t(), beta=1 - self.rho, alpha=self.rho)[place.owned]
+        rows = torch.addmm(coordinates, mean, vectors.t(), beta=1 - self.rho, alpha=self.rho)[place.owned]
         product = yield rows.t() @ (rows @ vectors)
         # No order is lost: QR keeps the span of each leading block. Its signs are fixed, so that bases are continuous.
-        return _keep(torch.linalg.qr(product.double())[0], state, None)
+        return _chosen(torch.linalg.qr(product.double())[0], place, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +210,7 @@ class RandomProjection:
     kind: str = "gaussian"
 
     uses_momentum: ClassVar[bool] = False
+    made_at_use: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, ("gaussian", "orthonormal", "coordinates"))
@@ -220,14 +232,17 @@ class RandomProjection:
         return rows
 
     def stored(self, state: Mapping[str, Tensor], place: Place) -> Projection:
-        return Projection(self._draw(place, int(state["draw"])))
+        number = int(state["draw"])
+        return DrawnProjection(self._draw(place, number), number)
 
     def choose(
-        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, momentum: Tensor | None
+        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None
     ) -> Rule[Choice]:
         yield from ()  # needs no sums
-        state["draw"].fill_(number)
-        return Choice(Projection(self._draw(place, number)))
+        return Choice(DrawnProjection(self._draw(place, number), number))
+
+    def store(self, basis: DrawnProjection, state: Mapping[str, Tensor]) -> None:
+        state["draw"].fill_(basis.number)
 
     def _draw(self, place: Place, number: int) -> Tensor:
         n, rank = place.form.n, place.form.rank
@@ -253,11 +268,11 @@ class SvdThenRandom(_Stored):
         return Svd().statistics(form)
 
     def choose(
-        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, momentum: Tensor | None
+        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None
     ) -> Rule[Choice]:
         if place.random.step < self.switch_step:
-            return (yield from Svd().choose(coordinates, state, place, number, momentum))
-        return _keep(_orthonormal(gaussian(place, "projection", number, place.form.rank)), state, None)
+            return (yield from Svd().choose(coordinates, state, place, number, mean))
+        return _chosen(_orthonormal(gaussian(place, "projection", number, place.form.rank)), place, None)
 
 
 def _orthonormal(drawn: Tensor) -> Tensor:
@@ -280,8 +295,7 @@ def _bits(place: Place, purpose: str, number: int) -> RandomBits:
     return replace(place.random, name=f"{place.random.name}\0{purpose}", step=number)
 
 
-def _keep(vectors: Tensor, state: Mapping[str, Tensor], captured: Tensor | None) -> Choice:
+def _chosen(vectors: Tensor, place: Place, captured: Tensor | None) -> Choice:
     largest = vectors.abs().argmax(dim=0, keepdim=True)
-    vectors = vectors * torch.where(vectors.gather(0, largest) < 0, -1.0, 1.0)
-    state["projection"].copy_(vectors)
-    return Choice(Projection(state["projection"]), captured)
+    signs = torch.where(vectors.gather(0, largest) < 0, -1.0, 1.0)
+    return Choice(Projection((vectors * signs).to(place.dtype)), captured)

@@ -70,7 +70,7 @@ class Recipe:
         check_choice("weight_rounding", self.weight_rounding, WEIGHT_ROUNDINGS)
         if self.return_momentum and not self.residual.needs_coordinates:
             raise refuse("error_feedback_momentum", True, "False without error_feedback, which is 'none'")
-        if self.return_momentum and self.transition != "move":
+        if self.return_momentum and not self.transition.startswith("move"):
             # The others keep the momentum of columns that leave, or drop also that of columns that stay.
             raise refuse(
                 "error_feedback_momentum", True, f"False with transition={self.transition!r}, True with 'move'"
@@ -139,19 +139,26 @@ def low_rank_rule(
     moments = recipe.moments.read(state, place.form.rank, place.dtype)
     if refresh or residual.needs_coordinates:
         coordinates = residual.add_stored(subspace.coordinates(rows, place), state)  # (l, n)
+        if not residual.full_rows:
+            del rows  # a wave holds either of every matrix, not both
         if refresh:
-            wanted = recipe.return_momentum or subspace.uses_momentum
-            momentum = recipe.moments.undelivered(moments) if wanted else None
-            choice = yield from subspace.choose(coordinates, state, place, recipe.choices_before(step), momentum)
+            mean = recipe.moments.mean(moments, step) if subspace.uses_momentum and step > 1 else None
+            choice = yield from subspace.choose(coordinates, state, place, recipe.choices_before(step), mean)
             change, basis = choice.basis.change_from(basis), choice.basis
         coefficients = basis.take(coordinates)  # (l, r)
         if refresh:
-            if recipe.return_momentum and momentum is not None:
+            momentum = recipe.moments.undelivered(moments) if recipe.return_momentum else None
+            if momentum is not None:
                 change.return_dropped(coordinates, momentum)
             recipe.moments.carry(moments, change, recipe.transition, step)
+            subspace.store(basis, state)
         residual.store(coordinates, basis, coefficients, state)
     else:
+        coordinates = rows  # all that follows is done without
         coefficients = basis.project(rows)
+        if not residual.full_rows:
+            del rows
+    del coordinates  # nor until its sums are there
     direction = yield from recipe.moments.direction(coefficients, moments, step, place.owned)
     recipe.moments.write(moments, state, noise)
     weights = None

@@ -258,7 +258,7 @@ class GradientScaled(_Limited):
 
 def _row_ratio(direction: Tensor, coefficients: Tensor) -> Tensor:
     norms = [torch.linalg.vector_norm(each, dim=1, keepdim=True) for each in (direction, coefficients)]
-    return norms[0] / (norms[1] + 1e-8)
+    return torch.div(norms[0], norms[1] + 1e-8)
 
 
 def _outside(rows: Tensor, basis: Basis, keep: float = 0.0) -> Tensor:

@@ -86,6 +86,10 @@ class Subspace(Protocol):
     def structure(self) -> tuple[object, ...]:
         """The options that give stored state its meaning."""
 
+    @property
+    def made_at_use(self) -> bool:
+        """Whether the basis is made anew at each use, instead of being kept somewhere."""
+
     def check(self, form: TallForm) -> None:
         """Raises ValueError for a matrix that has no such subspace."""
 
@@ -101,11 +105,14 @@ class Subspace(Protocol):
         """The basis chosen last."""
 
     def choose(
-        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, momentum: Tensor | None
+        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None
     ) -> Rule[Choice]:
-        """Chooses from coordinates (l, n), and keeps the choice in the state.
+        """Chooses from coordinates (l, n). The basis at hand stays valid until `store`.
 
         Args:
             number: of choices made before this one.
-            momentum: (l, r), what the first moment on the basis at hand stands for; None if there is none.
+            mean: (l, r), of past coefficients on the basis at hand; None at the first choice, or if unused.
         """
+
+    def store(self, basis: Any, state: Mapping[str, Tensor]) -> None:
+        """Keeps a choice in the state."""

@@ -21,6 +21,7 @@ from dist_lowrank.optim.dense import local_gradient, part_of_gradient
 from dist_lowrank.optim.recipe import SCALES, Recipe, Update, low_rank_rule
 from dist_lowrank.optim.rounding import RandomBits, RowNoise, store_weight
 from dist_lowrank.optim.subspace import Place
+from dist_lowrank.optim.transient import held_bytes
 from dist_lowrank.sharding.layouts import TallForm, local
 from dist_lowrank.sharding.rounds import Task, ranks_that_differ, run_rounds
 from dist_lowrank.sharding.transport import exchange_updates, fetch_rows, gather_coefficients
@@ -29,14 +30,14 @@ Job = tuple[BoundMatrix, Recipe]
 
 
 def cut_waves(jobs: Sequence[Job], workspace_bytes: int) -> Iterator[list[Job]]:
-    """Cuts the work so that the transient memory of a wave fits the workspace, at least one matrix each.
+    """Cuts the work so that what a wave holds fits the workspace, at least one matrix each.
 
     Decided from what all ranks know, so all cut alike.
     """
     wave: list[Job] = []
     used_bytes = 0
     for matrix, recipe in jobs:
-        needed_bytes = matrix.transient_bytes()
+        needed_bytes = held_bytes(matrix, recipe)
         if wave and used_bytes + needed_bytes > workspace_bytes:
             yield wave
             wave, used_bytes = [], 0
@@ -72,12 +73,18 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
         rule = low_rank_rule(own_rows, own, step, recipe, place, RowNoise(bits, layout.start))
         random.append(bits)
         tasks.append(Task(rule, layout.group))
-    updates = run_rounds(tasks)
     deliveries = [matrix.layout.delivery(recipe.full_rows) for matrix, recipe in wave]
+    # Where the update has whole rows, what they are made of stays; else the rules have it, and let go of it.
+    made_of = [
+        None if not recipe.full_rows else own_rows if "rows" in delivery else matrix.layout.form.view(gradient)
+        for (matrix, recipe), own_rows, gradient, delivery in zip(wave, rows, gradients, deliveries, strict=True)
+    ]
+    del by_parameter, gradients, rows, own_rows
+    updates = run_rounds(tasks)
     shares = gather_coefficients(layouts, [_share(update) for update in updates], deliveries)
     lifted = [
-        _lift(update, recipe, own_rows) if delivery in ("rows", "own rows") else update.direction
-        for update, (_, recipe), own_rows, delivery in zip(updates, wave, rows, deliveries, strict=True)
+        _lift(update, matrix, recipe, source) if "rows" in delivery else update.direction
+        for update, (matrix, recipe), source, delivery in zip(updates, wave, made_of, deliveries, strict=True)
     ]
     arrived = exchange_updates(layouts, lifted, deliveries)
     for index, (matrix, recipe) in enumerate(wave):
@@ -92,8 +99,8 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
         elif deliveries[index] == "own rows":
             layout.add_rows(target, lifted[index], decay=decay, scale=scale)
         else:
-            held = layout.form.view(gradients[index]).to(matrix.dtype) if recipe.full_rows else None
-            _add(layout.form.view(target), update, shares[index], recipe, held, decay, scale, layout.columns)
+            view = layout.form.view(target)
+            _add(view, update, shares[index], recipe, made_of[index], decay, scale, layout.columns)
         if weight.dtype != matrix.dtype:
             store_weight(weight, target, recipe.weight_rounding, random[index], layout.offset, layout.form.shape)
 
@@ -110,9 +117,9 @@ def _share(update: Update) -> Tensor:
     return update.direction if update.weights is None else torch.cat([update.direction, update.weights], dim=1)
 
 
-def _lift(update: Update, recipe: Recipe, rows: Tensor) -> Tensor:
+def _lift(update: Update, matrix: BoundMatrix, recipe: Recipe, rows: Tensor | None) -> Tensor:
     """The update of the rows worked on, (l, n)."""
-    lifted = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+    lifted = update.direction.new_zeros(len(update.direction), matrix.layout.form.n)
     _add(lifted, update, _share(update), recipe, rows, 1.0, 1.0, slice(None))
     return lifted
 
@@ -134,7 +141,7 @@ def _add(
     else:
         target.mul_(decay)
     if rows is not None and update.weights is not None:
-        target.add_(recipe.residual.added(rows, share[:, rank:], update.basis), alpha=scale)
+        target.add_(recipe.residual.added(rows.to(target.dtype), share[:, rank:], update.basis), alpha=scale)
 
 
 def verify_columns(matrices: Sequence[BoundMatrix], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:

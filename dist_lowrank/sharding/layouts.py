@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-SIDES = ("shorter", "longer", "right", "left", "unsharded")
+SIDES = ("shorter", "shorter_left", "longer", "right", "left", "unsharded")
 
 
 class LayoutError(ValueError):
@@ -66,8 +66,8 @@ def tall_form(shape: Sequence[int], side: str, rank: int | float, sharded_axis: 
 
     Args:
         shape: (R, C), global.
-        side: `right` compresses axis 1, `left` axis 0, `shorter` the shorter axis (square: right), `longer` the other,
-            `unsharded` the one that is not `sharded_axis`, so that rows are always whole.
+        side: `right` compresses axis 1, `left` axis 0, `shorter` the shorter axis (square: right; `shorter_left`:
+            left), `longer` the other, `unsharded` the one that is not `sharded_axis`, so that rows are always whole.
         rank: number of columns (int), or fraction of n (float; `round(rank * n)`, half to even, at least 1). More than
             n means n.
     """
@@ -77,6 +77,7 @@ def tall_form(shape: Sequence[int], side: str, rank: int | float, sharded_axis: 
     transposed = (
         side == "left"
         or (side == "shorter" and rows < cols)
+        or (side == "shorter_left" and rows <= cols)
         or (side == "longer" and rows >= cols)
         or (side == "unsharded" and sharded_axis == 1)
     )
@@ -148,6 +149,11 @@ class Layout:
         """Rows of the fullest rank: the same number on every rank, so fit for decisions that all must share."""
         return -(-self.form.rows // self.group_size)
 
+    @property
+    def largest_part(self) -> int:
+        """Elements of the fullest rank's local tensor of the parameter, or a few more; the same on every rank."""
+        return self.form.n * self.largest_block
+
     # Exchanges; only layouts that have them define these. Shapes and order are what every rank can work out. ---------
 
     def outgoing(self, gradient: Tensor) -> list[Tensor]:
@@ -191,6 +197,10 @@ class RowBlock(Layout):
     def offset(self) -> tuple[int, ...]:
         start = 0 if self.replicated else self.start
         return (0, start) if self.form.transposed else (start, 0)
+
+    @property
+    def largest_part(self) -> int:
+        return self.form.n * (self.form.rows if self.replicated else self.largest_block)
 
     def rows(self, local: Tensor) -> Tensor:
         """This rank's rows, (stop - start, n), as a view of its local tensor of the parameter or gradient."""

@@ -1,0 +1,52 @@
+"""Fira: GaLore, and the rest of the gradient scaled as Adam scales its projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dist_lowrank.optim.options import check_choice
+from dist_lowrank.optim.projected_adam import ProjectedAdam
+from dist_lowrank.optim.residuals import NormScaled, Residual
+
+
+class Fira(ProjectedAdam):
+    """GaLore with a full-rank residual (arXiv 2410.01623).
+
+    With `R = A P` and Adam's direction psi (before the step's bias correction c):
+
+        phi_j = |psi_j| / (|R_j| + 1e-8)                    per row of the tall form
+        S_j = phi_j (A - R P^T)_j;   S <- S / max(|S| / (1.01 |S before|), 1)
+        W <- W - lr c (alpha psi P^T + S)
+
+    | | |
+    |---|---|
+    | refresh | steps 1, T + 1, 2 T + 1, ...; T = 200 |
+    | side | the shorter axis; square: right |
+    | moments at a refresh | kept |
+    | state per matrix | 2 L r moments, n r projection, 1 norm |
+
+    Args:
+        residual: `paper`: what is outside the subspace; `code`: also `1 - alpha` of what is inside, as the published
+            code computes it.
+        limit: how much the norm of S may grow in a step, 1.01; 0: without limit.
+        corrected_eps: False by default: phi is made of the uncorrected direction, in the paper as in the code.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        *,
+        alpha: float = 0.25,
+        residual: str = "paper",
+        limit: float = 1.01,
+        **options: Any,
+    ) -> None:
+        options = {"corrected_eps": False} | options
+        super().__init__(params, lr=lr, betas=betas, eps=eps, alpha=alpha, residual=residual, limit=limit, **options)
+
+    def residual(self, group: dict[str, Any]) -> Residual:
+        check_choice("residual", group["residual"], ("paper", "code"))
+        return NormScaled(group["limit"], 0.0 if group["residual"] == "paper" else 1 - group["alpha"])

@@ -1,0 +1,42 @@
+"""FRUGAL: Adam inside a subspace, steps of signs outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dist_lowrank.optim.projected_adam import ProjectedAdam
+from dist_lowrank.optim.residuals import Residual, Sign
+
+
+class Frugal(ProjectedAdam):
+    """Adam on r directions, signSGD on the rest (arXiv 2411.07837).
+
+        W <- (1 - lr wd) W - lr (Adam(A P) P^T + residual_scale sign(A - A P P^T))
+
+    | | |
+    |---|---|
+    | refresh | steps 1, T + 1, ...; T = 200 |
+    | directions | `coordinates`: r columns at random (the paper's columns); `svd`, `stiefel`, or a dictionary |
+    | side | the shorter axis; square: right |
+    | moments and their bias correction at a refresh | start anew |
+    | state per matrix | 2 L r moments, 1 integer or n r projection |
+
+    The published code chooses whole matrices by default (`blocks`): put those of a turn in a group with rank 1.0.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        subspace: str = "coordinates",
+        residual_scale: float = 1.0,
+        **options: Any,
+    ) -> None:
+        own = {"transition": "reset", "bias_correction": "choice", "residual_scale": residual_scale}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, subspace=subspace, **(own | options))
+
+    def residual(self, group: dict[str, Any]) -> Residual:
+        return Sign(group["residual_scale"])

@@ -1,0 +1,67 @@
+"""GaLore and its descendants that only choose other directions: GaLore 2, GoLore."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dist_lowrank.optim.options import check_count
+from dist_lowrank.optim.projected_adam import ProjectedAdam
+from dist_lowrank.optim.projections import SvdThenRandom
+from dist_lowrank.optim.subspace import Subspace
+
+
+class GaLore(ProjectedAdam):
+    """Adam on the gradient's projection on its leading singular vectors (arXiv 2403.03507).
+
+    For a matrix in tall form, `A` (L x n), with `P` (n x r) the leading right singular vectors of A at a refresh:
+
+        R = A P;   m, v <- Adam's of R;   W <- W - lr alpha (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) P^T
+
+    | | |
+    |---|---|
+    | refresh | steps 1, T + 1, 2 T + 1, ...; T = 200 |
+    | side | the shorter axis is compressed; square: right |
+    | moments at a refresh | kept as they are |
+    | state per matrix | 2 L r moments, n r projection |
+
+    The published code adds eps to the root of v before bias correction (`corrected_eps=False`, eps 1e-6) and decays
+    the weights after the update (`decay_last=True`).
+    `subspace="randomized_svd"` is GaLore 2 (arXiv 2504.20437); a dictionary's name is the drop-in of arXiv 2505.17967.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        *,
+        alpha: float = 0.25,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, alpha=alpha, **options)
+
+
+class GoLore(ProjectedAdam):
+    """GaLore, with random subspaces from `switch_step` on (arXiv 2410.11289).
+
+    The authors switch after 80 % of the steps. Random subspaces are uniform on the Stiefel manifold, drawn anew at each
+    refresh. The published code means to rotate the moments and does not: `transition="keep"`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        *,
+        switch_step: int,
+        alpha: float = 0.25,
+        **options: Any,
+    ) -> None:
+        check_count("switch_step", switch_step)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, alpha=alpha, switch_step=switch_step, **options)
+
+    def subspace(self, group: dict[str, Any]) -> Subspace:
+        return SvdThenRandom(group["switch_step"])

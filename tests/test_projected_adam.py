@@ -1,0 +1,274 @@
+"""GaLore, GoLore, Fira, FRUGAL, APOLLO and LDAdam equal references from their formulas, under every sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_on_ranks
+from projected_references import (
+    ReferenceApollo,
+    ReferenceFira,
+    ReferenceFrugal,
+    ReferenceLDAdam,
+    ReferenceProjected,
+    signed,
+)
+from references import initial_weight, prescribed_gradients
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from dist_lowrank.dictionaries import DictionaryCache
+from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, LDAdam
+from dist_lowrank.optim.projections import RandomProjection, gaussian
+from dist_lowrank.optim.rounding import RandomBits
+from dist_lowrank.optim.subspace import Place
+from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.layouts import tall_form
+from dist_lowrank.sharding.pieces import FlatPart
+
+STEPS = 20
+SHAPES = {"tall": (14, 6), "wide": (8, 12), "square": (9, 9)}  # no side divides by every number of ranks
+SHARED = {"lr": 0.01, "rank": 3, "refresh_interval": 6, "weight_decay": 0.1}
+
+
+def _place(name: str, rank: int, step: int = 1) -> Place:
+    form = tall_form(SHAPES[name], "shorter", rank)
+    device = torch.device("cpu")
+    return Place(form, torch.float64, device, False, DictionaryCache(), RandomBits(0, name, step), slice(None))
+
+
+def _drawn(kind: str, rank: int) -> Callable[[str], Callable[[int], Tensor]]:
+    """The package's own random bases, whose distribution is tested apart."""
+    return lambda name: lambda number: RandomProjection(kind)._draw(_place(name, rank), number)
+
+
+def _golore(name: str) -> Callable[[int], Tensor]:
+    return lambda number: signed(RandomProjection("orthonormal")._draw(_place(name, 3), number))
+
+
+# Optimizer and options; reference and options; basis of the reference by name of the matrix.
+GALORE: dict[str, Any] = {**SHARED, "betas": (0.9, 0.999), "eps": 1e-6}
+MINI: dict[str, Any] = {**GALORE, "rank": 1}
+METHODS: dict[str, tuple[Any, dict[str, Any], Any, dict[str, Any], Any]] = {
+    "galore": (GaLore, GALORE, ReferenceProjected, {**GALORE, "alpha": 0.25}, "svd"),
+    "galore_published": (
+        GaLore,
+        {**GALORE, "corrected_eps": False, "decay_last": True},
+        ReferenceProjected,
+        {**GALORE, "alpha": 0.25, "corrected_eps": False, "decay_last": True},
+        "svd",
+    ),
+    "galore_moved": (
+        GaLore,
+        {**GALORE, "transition": "move"},
+        ReferenceProjected,
+        {**GALORE, "alpha": 0.25, "transition": "move"},
+        "svd",
+    ),
+    "galore_dct2": (
+        GaLore,
+        {**GALORE, "subspace": "dct2"},
+        ReferenceProjected,
+        {**GALORE, "alpha": 0.25},
+        "dct2",
+    ),
+    "fira": (Fira, GALORE, ReferenceFira, {**GALORE, "alpha": 0.25, "corrected_eps": False, "inside": 0.0}, "svd"),
+    "fira_code": (
+        Fira,
+        {**GALORE, "residual": "code"},
+        ReferenceFira,
+        {**GALORE, "alpha": 0.25, "corrected_eps": False, "inside": 0.75},
+        "svd",
+    ),
+    "fira_hadamard": (
+        Fira,
+        {**GALORE, "subspace": "dct3"},
+        ReferenceFira,
+        {**GALORE, "alpha": 0.25, "corrected_eps": False, "inside": 0.0},
+        "dct3",
+    ),
+    "frugal": (
+        Frugal,
+        {**GALORE, "residual_scale": 0.3},
+        ReferenceFrugal,
+        {**GALORE, "transition": "reset", "kappa": 0.3},
+        _drawn("coordinates", 3),
+    ),
+    "frugal_svd": (
+        Frugal,
+        {**GALORE, "subspace": "svd"},
+        ReferenceFrugal,
+        {**GALORE, "transition": "reset", "kappa": 1.0},
+        "svd",
+    ),
+    "frugal_stiefel": (
+        Frugal,
+        {**GALORE, "subspace": "stiefel"},
+        ReferenceFrugal,
+        {**GALORE, "transition": "reset", "kappa": 1.0},
+        _drawn("orthonormal", 3),
+    ),
+    "apollo": (
+        Apollo,
+        GALORE,
+        ReferenceApollo,
+        {**GALORE, "corrected_eps": False, "per": "channel", "scale": 1.0},
+        _drawn("gaussian", 3),
+    ),
+    "apollo_mini": (
+        Apollo,
+        {**MINI, "per": "tensor", "scale": 128.0},
+        ReferenceApollo,
+        {**MINI, "corrected_eps": False, "per": "tensor", "scale": 128.0},
+        _drawn("gaussian", 1),
+    ),
+    "golore": (GoLore, {**GALORE, "switch_step": 10}, ReferenceProjected, {**GALORE, "alpha": 0.25}, None),
+    "ldadam": (
+        LDAdam,
+        {"lr": 0.01, "rank": 3, "weight_decay": 0.1},
+        ReferenceLDAdam,
+        {**SHARED, "betas": (0.908, 0.99), "eps": 1e-8, "rho": 0.908, "square_left": True, "feedback": True},
+        "svd",
+    ),
+    "ldadam_without_feedback": (
+        LDAdam,
+        {"lr": 0.01, "rank": 3, "error_feedback": False},
+        ReferenceLDAdam,
+        {
+            **(SHARED | {"weight_decay": 0.0}),
+            "betas": (0.908, 0.99), "eps": 1e-8, "rho": 0.908, "square_left": True, "feedback": False,
+        },
+        "svd",
+    ),
+}
+
+
+class GoLoreReference(ReferenceProjected):
+    """SVD before the switch, random from it on."""
+
+    def choose(self, tall: Tensor) -> Tensor:
+        if self.t < 10:
+            return super().choose(tall)
+        return self.random((self.t - 1) // self.T)
+
+
+@cache
+def expected(method: str) -> dict[str, list[Tensor]]:
+    """By name: the weight after every step."""
+    _, _, make, options, basis = METHODS[method]
+    trajectories = {}
+    for index, (name, shape) in enumerate(SHAPES.items()):
+        if method == "golore":
+            reference = GoLoreReference(initial_weight(shape), **options, random=_golore(name))
+        else:
+            chosen = basis if isinstance(basis, str) else basis(name)
+            reference = make(initial_weight(shape), **options, basis=chosen)
+        weights = []
+        for gradient in prescribed_gradients(shape, STEPS, seed=index):
+            reference.step(gradient)
+            weights.append(reference.weight.clone())
+        trajectories[name] = weights
+    return trajectories
+
+
+def _trajectory(rank: int, method: str, strategy: str, world_size: int) -> dict[str, list[Tensor]]:
+    make, options, *_ = METHODS[method]
+    model = nn.ParameterDict({name: nn.Parameter(initial_weight(shape)) for name, shape in SHAPES.items()})
+    cuts: dict[str, list[tuple[int, int]]] = {}
+    if strategy.startswith("fsdp"):
+
+        def placement(p: nn.Parameter) -> Shard:
+            return Shard(int(strategy == "fsdp" and p.shape[0] < p.shape[1] and p.shape[1] % world_size == 0))
+
+        fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)), shard_placement_fn=placement)
+    if strategy == "flat":
+        for name, shape in SHAPES.items():
+            total = shape[0] * shape[1]
+            borders = [0, *sorted((17 * k * total // (19 * world_size)) for k in range(1, world_size)), total]
+            cuts[name] = list(pairwise(borders))
+            model[name] = nn.Parameter(initial_weight(shape).flatten()[slice(*cuts[name][rank])])
+    updater = make(list(model.items()), **options)
+    if cuts:
+        slices = {name: tuple(FlatSlice(SHAPES[name], *cut) for cut in cuts[name]) for name in SHAPES}
+        updater.declare_flat_parts({p: [FlatPart(n, 0, slices[n])] for n, p in model.items()}, dist.group.WORLD)
+    gradients = {name: prescribed_gradients(shape, STEPS, seed=i) for i, (name, shape) in enumerate(SHAPES.items())}
+    weights: dict[str, list[Tensor]] = {name: [] for name in SHAPES}
+    for step in range(STEPS):
+        for name, p in model.items():
+            gradient = gradients[name][step]
+            if cuts:
+                gradient = gradient.flatten()[slice(*cuts[name][rank])]
+            elif isinstance(p, DTensor):
+                gradient = distribute_tensor(gradient, p.device_mesh, p.placements, src_data_rank=None)
+            p.grad = gradient.clone()
+        updater.step()
+        for name, p in model.items():
+            if cuts:
+                parts: list[Any] = [None] * world_size
+                dist.all_gather_object(parts, p.detach())
+                weights[name].append(torch.cat(parts).view(SHAPES[name]))
+            else:
+                weights[name].append((p.full_tensor() if isinstance(p, DTensor) else p).detach().clone())
+    return weights
+
+
+def _assert_equal(found: dict[str, list[Tensor]], method: str, tolerance: float) -> None:
+    for name, weights in expected(method).items():
+        for step, (weight, reference) in enumerate(zip(found[name], weights, strict=True), start=1):
+            difference = (weight - reference).abs().max().item()
+            assert difference <= tolerance, f"{name}, step {step}: off by {difference}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_twenty_steps_equal_the_reference(method: str) -> None:
+    _assert_equal(_trajectory(0, method, "one", 1), method, 1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("strategy", "world_size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("fsdp_rows", 3), ("flat", 3)]
+)
+def test_twenty_steps_equal_the_reference_under_sharding(method: str, strategy: str, world_size: int) -> None:
+    for found in run_on_ranks(world_size, _trajectory, method, strategy, world_size):
+        _assert_equal(found, method, 1e-9)
+
+
+def test_random_numbers_of_a_matrix_are_normal_and_change_with_each_choice() -> None:
+    place = _place("square", 3)
+    first, again, second = (gaussian(place, "projection", number, 4000).flatten() for number in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.02
+    assert abs(first.mean()) < 0.02
+    assert abs(first.var() - 1) < 0.03
+    assert abs((first**4).mean() - 3) < 0.2
+    quantiles = torch.quantile(first, torch.tensor([0.025, 0.5, 0.975], dtype=torch.float64))
+    torch.testing.assert_close(quantiles, torch.tensor([-1.96, 0, 1.96], dtype=torch.float64), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["orthonormal", "coordinates"])
+def test_random_bases_are_orthonormal(kind: str) -> None:
+    vectors = RandomProjection(kind)._draw(_place("tall", 3), 5)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(3, dtype=torch.float64))
+
+
+def test_a_randomized_svd_finds_the_subspace_of_a_gradient_of_low_rank() -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = [torch.randn(size, 3, generator=generator, dtype=torch.float64) for size in (40, 30)]
+    gradient = factors[0] @ factors[1].T
+    results = []
+    for subspace in ("svd", "randomized_svd"):
+        weight = nn.Parameter(torch.zeros(40, 30, dtype=torch.float64))
+        updater = GaLore([weight], rank=3, subspace=subspace)
+        weight.grad = gradient
+        updater.step()
+        results.append(updater.state[weight]["projection"])
+        assert next(iter(updater.captured_energy().values())) == pytest.approx(1.0)
+    torch.testing.assert_close(results[0] @ results[0].T, results[1] @ results[1].T)
