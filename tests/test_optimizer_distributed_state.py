@@ -23,7 +23,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 from dist_lowrank.optim import DCTAdamW, full_state_dict
-from dist_lowrank.sharding.exchanged import FlatSlice
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -256,17 +255,3 @@ def test_a_gathered_state_is_a_snapshot() -> None:
     saved = torch.load(buffer, weights_only=True)
     for key, value in saved["state"][0].items():
         assert torch.equal(gathered["state"][0][key], value)
-
-
-def _gather_flat(rank: int) -> str:
-    parameter = nn.Parameter(torch.ones(6))
-    updater = DCTAdamW([parameter])
-    slices = [FlatSlice((4, 3), 0, 6), FlatSlice((4, 3), 6, 12)]
-    updater.declare_flat_slices({parameter: slices}, dist.group.WORLD)
-    with pytest.raises(ValueError, match="flat slices") as caught:
-        full_state_dict(updater)
-    return str(caught.value)
-
-
-def test_gathering_flat_slices_is_refused_rather_than_partial() -> None:
-    assert all("cannot be gathered yet" in message for message in run_on_ranks(2, _gather_flat))

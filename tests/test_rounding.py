@@ -109,7 +109,8 @@ def test_chunks_change_nothing(shape: tuple[int, ...]) -> None:
     for elements in (1, 4, 2**20):
         parameter = Parameter(torch.zeros(shape, dtype=torch.bfloat16))
         with mock.patch.object(rounding, "CHUNK_ELEMENTS", elements):
-            store_weight(parameter, values, "stochastic", RandomBits(0, "w", 1))
+            offset = (0,) * len(shape)
+            store_weight(parameter.detach(), values, "stochastic", RandomBits(0, "w", 1), offset, shape)
         results.append(parameter.detach())
     assert all(torch.equal(result, results[0]) for result in results)
     assert list(row_chunks(5, 2**20)) == [slice(i, i + 1) for i in range(5)]

@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard
 from dist_lowrank.optim import DCTAdamW, Trion, recipe
 from dist_lowrank.sharding.exchanged import FlatSlice
 from dist_lowrank.sharding.layouts import tall_form
+from dist_lowrank.sharding.pieces import FlatPart
 
 STEPS = 20
 CHECKED = (1, 7, STEPS)
@@ -38,8 +39,8 @@ def trajectory(
             (name, nn.Parameter(p.detach().flatten()[slice(*cuts[name][rank])])) for name, p in model.named_parameters()
         ]
         updater = make(named, **options)
-        slices = {p: [FlatSlice(shapes[name], start, stop) for start, stop in cuts[name]] for name, p in named}
-        updater.declare_flat_slices(slices, dist.group.WORLD)
+        slices = {name: tuple(FlatSlice(shapes[name], *cut) for cut in cuts[name]) for name, _ in named}
+        updater.declare_flat_parts({p: [FlatPart(name, 0, slices[name])] for name, p in named}, dist.group.WORLD)
     else:
         shard(model, strategy, world_size, options["rank"])
         named = list(model.named_parameters())
@@ -54,8 +55,12 @@ def trajectory(
         updater.step()
         if step in CHECKED:
             weights.append({name: full(p) if not cuts else joined(p, shapes[name]) for name, p in named})
-        state = {name: updater.state[p] for name, p in named}
-        indices.append({name: s["indices"].clone() for name, s in state.items() if "indices" in s})
+        indices.append(
+            {
+                matrix.name: matrix.state(updater.state[matrix.parameter])["indices"].clone()
+                for matrix in updater._matrices()
+            }
+        )
     return weights, indices
 
 

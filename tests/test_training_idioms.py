@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_lowrank.optim import DCTAdamW, Trion
 from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.pieces import FlatPart
 
 STEPS = 6
 SAMPLES = 16  # in a batch, over all ranks
@@ -273,8 +274,8 @@ def _flat_overflow(rank: int, world_size: int, poisoned: int) -> Tensor:
     mine = slice(cuts[rank], cuts[rank + 1])
     parameter = nn.Parameter(whole.flatten()[mine].clone())
     optimizer = DCTAdamW([parameter], lr=0.01, rank=0.5)
-    slices = [FlatSlice((8, 6), cuts[other], cuts[other + 1]) for other in range(world_size)]
-    optimizer.declare_flat_slices({parameter: slices}, dist.group.WORLD)
+    slices = tuple(FlatSlice((8, 6), cuts[other], cuts[other + 1]) for other in range(world_size))
+    optimizer.declare_flat_parts({parameter: [FlatPart("weight", 0, slices)]}, dist.group.WORLD)
     scaler = ShardedGradScaler("cpu", init_scale=256.0)
     for step in range(4):
         gradient = torch.randn(8, 6, generator=generator, dtype=torch.float64)

@@ -7,7 +7,8 @@ all of its state at once, so that keys agree everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dist_lowrank.dictionaries import check_dictionary
 from dist_lowrank.optim.dense import DenseParameter, arithmetic_dtype, dense_state
 from dist_lowrank.optim.recipe import Recipe
-from dist_lowrank.sharding.exchanged import FlatSlice, flat_layout
-from dist_lowrank.sharding.layouts import Layout, local, tall_form
+from dist_lowrank.optim.state import StateTensor
+from dist_lowrank.sharding.layouts import Layout, LayoutError, local, tall_form
+from dist_lowrank.sharding.pieces import FlatPlace, Piece, cut_parameter
 from dist_lowrank.sharding.reading import read_layout, sharded_axis
 from dist_lowrank.sharding.rounds import ranks_that_differ
 
@@ -30,14 +32,32 @@ _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped
 
 @dataclass(slots=True)
 class BoundMatrix:
-    """A parameter on the low-rank path."""
+    """A matrix on the low-rank path: a parameter, or a piece of one."""
 
-    name: str
+    piece: Piece
     parameter: Tensor
     layout: Layout
     dtype: torch.dtype  # of the arithmetic
+    keys: tuple[str, ...]  # of its state
     captured_energy: Tensor | None = None  # share of the score in the chosen columns, at the last refresh
     previous_indices: Tensor | None = None  # what was chosen before the last refresh; empty if that was the first
+
+    @property
+    def name(self) -> str:
+        return self.piece.name
+
+    @property
+    def present(self) -> bool:
+        """Whether this rank has a share of it; always, but for the matrices of a stack that others hold."""
+        return self.piece.stack is None or self.piece.stack.present
+
+    def state(self, of_parameter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's tensors of this matrix, out of the state of its parameter."""
+        own = {key: local(of_parameter[self.piece.prefix + key]) for key in self.keys}
+        stack = self.piece.stack
+        if stack is None:
+            return own
+        return {key: tensor[stack.index - stack.start] if tensor.ndim else tensor for key, tensor in own.items()}
 
     def transient_bytes(self) -> int:
         """Memory that one update needs beside its state, on the fullest rank: gradient rows and coordinates."""
@@ -53,13 +73,16 @@ class BoundMatrix:
 
 
 @dataclass(slots=True)
-class BoundGroup:
-    """The parameters of one group, by path."""
+class BoundParameter:
+    """What an optimizer knows of a parameter: its pieces, by path."""
 
+    name: str
+    parameter: Tensor
+    structure: tuple[Any, ...]  # the options that fix the shapes and the meaning of state
+    sharers: tuple[tuple[dist.ProcessGroup, bool], ...]  # groups of several ranks; whether they hold replicas
     matrices: list[BoundMatrix] = field(default_factory=list)
     dense: list[DenseParameter] = field(default_factory=list)
-    fresh_replicas: list[tuple[str, Tensor]] = field(default_factory=list)  # plain, by name, not bound before
-    structure: tuple[Any, ...] = ()  # the options that fix the shapes and the meaning of state
+    fresh_state: dict[str, Tensor] = field(default_factory=dict)  # on its way to the optimizer's state
 
 
 def canonical_name(name: str) -> str:
@@ -69,100 +92,109 @@ def canonical_name(name: str) -> str:
     return name.removeprefix("module.")  # DDP's, also under torch.compile
 
 
-@dataclass(frozen=True, slots=True)
-class FlatPlace:
-    """A 1-D parameter is a flat slice of a larger one, of which each rank of a group holds one."""
-
-    slices: tuple[FlatSlice, ...]  # by rank
-    group: dist.ProcessGroup
-
-    @property
-    def own(self) -> FlatSlice:
-        return self.slices[dist.get_rank(self.group)]
-
-
-def matrix_shape(parameter: Tensor, group: Mapping[str, Any], flat: FlatPlace | None) -> tuple[int, int] | None:
-    """Global shape of a parameter on the low-rank path; None on the dense path."""
-    shape = tuple(parameter.shape) if flat is None else flat.slices[0].shape
-    if len(shape) == 2 and shape[0] * shape[1] > 0 and group["low_rank"]:
-        return shape[0], shape[1]
-    return None
-
-
 def is_trained(parameter: Tensor) -> bool:
     """Whether a parameter needs state. Frozen ones do not, unless somebody gives them gradients by hand."""
     return parameter.requires_grad or parameter.grad is not None
+
+
+def sharers_of(
+    parameter: Tensor, replicas: DeviceMesh | None, place: FlatPlace | None
+) -> tuple[tuple[dist.ProcessGroup, bool], ...]:
+    """The groups of ranks that share a parameter: those that hold shards of it first, then replicas."""
+    if place is not None:
+        return ((place.group, False),)
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        axes = [axis for axis in range(mesh.ndim) if mesh.size(axis) > 1]
+        groups = [(mesh.get_group(axis), parameter.placements[axis].is_replicate()) for axis in axes]
+        return tuple(sorted(groups, key=lambda each: each[1]))
+    return ((replicas.get_group(), True),) if replicas is not None and replicas.size() > 1 else ()
 
 
 def structure_of(recipe: Recipe) -> tuple[Any, ...]:
     return recipe.rank, recipe.side, recipe.dictionary
 
 
-def bind_group(
-    group: Mapping[str, Any],
-    first_position: int,
+def bind_parameter(
+    name: str,
+    parameter: Tensor,
+    options: Mapping[str, Any],
     recipe: Recipe,
-    state: MutableMapping[Tensor, dict[str, Tensor]],
-    replica_mesh: Callable[[torch.device], DeviceMesh | None],
-    flat_places: Mapping[Tensor, FlatPlace],
-) -> BoundGroup:
-    """Reads layouts and creates the state that is missing.
+    state: Mapping[str, Tensor],
+    replicas: DeviceMesh | None,
+    place: FlatPlace | None,
+) -> BoundParameter:
+    """Reads the layout of a parameter, and makes its state if it has none.
 
     Args:
-        first_position: of the group's first parameter among all, which names unnamed ones.
-        state: of the optimizer, by parameter; what is missing is added.
-        replica_mesh: gives the mesh of the ranks that hold copies of plain tensors on a device.
-        flat_places: of the parameters that are flat slices.
+        options: of its group.
+        state: of the parameter.
+        replicas: the ranks that hold copies of it, for a plain tensor; None: this rank alone.
+        place: what a flat tensor holds.
+
+    Raises:
+        ValueError: a parameter or an option that cannot be followed.
+        LayoutError: a sharding that cannot.
     """
-    bound = BoundGroup(structure=structure_of(recipe))
-    parameters = group["params"]
-    names = group.get("param_names") or [f"parameter_{first_position + index}" for index in range(len(parameters))]
-    for name, parameter in zip(map(canonical_name, names), parameters, strict=True):
-        if parameter.is_complex():
-            raise ValueError(f"parameter {name!r} is complex, {parameter.dtype}; allowed: real floating-point dtypes")
-        if not is_trained(parameter):
-            continue
-        if parameter.dtype == torch.float16 and recipe.weight_rounding == "stochastic":
+    if parameter.is_complex():
+        raise ValueError(f"parameter {name!r} is complex, {parameter.dtype}; allowed: real floating-point dtypes")
+    if parameter.dtype == torch.float16 and recipe.weight_rounding == "stochastic":
+        raise ValueError(
+            f"parameter {name!r} is {parameter.dtype}, which weight_rounding='stochastic' does not round; allowed: "
+            "bfloat16 (float32 and float64 need no rounding), or weight_rounding='nearest'"
+        )
+    if place is None and (getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)):
+        raise LayoutError(
+            f"parameter {name!r} is flattened by FSDP1 (FullyShardedDataParallel), so that no matrix can be told from "
+            "it; allowed: FSDP2, `torch.distributed.fsdp.fully_shard`"
+        )
+    bound = BoundParameter(name, parameter, structure_of(recipe), sharers_of(parameter, replicas, place))
+    fresh = bound.fresh_state
+    for piece in cut_parameter(name, parameter, options, place):
+        if not piece.whole and not local(parameter).is_contiguous():
             raise ValueError(
-                f"parameter {name!r} is {parameter.dtype}, which weight_rounding='stochastic' does not round; allowed: "
-                "bfloat16 (float32 and float64 need no rounding), or weight_rounding='nearest'"
+                f"parameter {name!r} is not contiguous in memory and not updated as one; allowed: contiguous tensors "
+                "(no channels_last), or low_rank=False"
             )
-        flat = flat_places.get(parameter)
-        plain = flat is None and not isinstance(parameter, DTensor)
-        if plain and not state.get(parameter):
-            bound.fresh_replicas.append((name, parameter))
-        shape = matrix_shape(parameter, group, flat)
-        if shape is None:
-            bound.dense.append(DenseParameter(name, parameter, None if flat is None else flat.own.start))
-            if not state.get(parameter):
-                state[parameter] = dense_state(parameter)
+        if len(piece.shape) != 2 or math.prod(piece.shape) == 0 or not options["low_rank"]:
+            dense = DenseParameter(piece, parameter, None if place is None else place.group)
+            bound.dense.append(dense)
+            if not state:
+                fresh |= dense_state(dense)
             continue
-        form = tall_form(shape, recipe.side, recipe.rank, sharded_axis(parameter))
+        form = tall_form(piece.shape, recipe.side, recipe.rank, sharded_axis(piece, parameter))
         try:
             check_dictionary(recipe.dictionary, form.n)
         except ValueError as error:
-            raise ValueError(f"parameter {name!r} of shape {form.shape}: {error}") from None
-        layout: Layout
-        if flat is not None:
-            layout = flat_layout(form, flat.slices, dist.get_rank(flat.group), flat.group)
-        else:
-            layout = read_layout(parameter, form, replica_mesh(parameter.device) if plain else None, name)
-        matrix = BoundMatrix(name, parameter, layout, arithmetic_dtype(parameter))
-        bound.matrices.append(matrix)
-        if not state.get(parameter):
-            state[parameter] = _matrix_state(matrix, recipe)
+            raise ValueError(f"parameter {piece.name!r} of shape {form.shape}: {error}") from None
+        layout = read_layout(piece, parameter, form, replicas, None if place is None else place.group)
+        dtype = arithmetic_dtype(parameter)
+        specs = recipe.state(form, dtype)
+        bound.matrices.append(BoundMatrix(piece, parameter, layout, dtype, ("step", *specs)))
+        if not state and f"{piece.prefix}step" not in fresh:  # the matrices of a stack share theirs
+            fresh[f"{piece.prefix}step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+            fresh |= {piece.prefix + key: _zeros(piece, layout, spec, parameter) for key, spec in specs.items()}
     return bound
 
 
-def _matrix_state(matrix: BoundMatrix, recipe: Recipe) -> dict[str, Tensor]:
-    device = local(matrix.parameter).device
-    tensors: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
-    for key, spec in recipe.state(matrix.layout.form, matrix.dtype).items():
-        if spec.sharded:
-            tensors[key] = matrix.layout.sharded_state(spec.columns, spec.dtype, device)
-        else:
-            tensors[key] = torch.zeros(spec.columns, dtype=spec.dtype, device=device)
-    return tensors
+def _zeros(piece: Piece, layout: Layout, spec: StateTensor, parameter: Tensor) -> Tensor:
+    """A state tensor: (rows, columns) globally, sharded by rows, or (columns,); of a stack, one more axis in front."""
+    stack, mesh = piece.stack, layout.mesh
+    shape: tuple[int, ...] = (layout.form.rows, spec.columns) if spec.sharded else (spec.columns,)
+    block: tuple[int, ...] = (layout.stop - layout.start, spec.columns) if spec.sharded else shape
+    placements = list(layout.placements) if spec.sharded else []
+    if stack is not None:
+        shape, block = (stack.size, *shape), (stack.stop - stack.start, *block)
+        placements = [Shard(1) if isinstance(each, Shard) else each for each in placements]
+        if stack.mesh_axis is not None:
+            mesh = parameter.device_mesh  # type: ignore[attr-defined]
+            placements = placements or [Replicate() for _ in range(mesh.ndim)]
+            placements[stack.mesh_axis] = Shard(0)
+    values = torch.zeros(block, dtype=spec.dtype, device=local(parameter).device)
+    if mesh is None or not placements:
+        return values
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(values, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def check_replicas(parameters: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup) -> None:
@@ -202,28 +234,26 @@ def _checksum(parameter: Tensor) -> Tensor:
     return data.flatten().view(integer).sum(dtype=torch.int64).add_(shape)
 
 
-def check_loaded_shards(matrices: Sequence[BoundMatrix], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+def check_loaded_shards(shards: Sequence[DTensor]) -> None:
     """Refuses shards of state that one rank saved and several loaded. Collective.
 
     A state dict that rank 0 pickled has rank 0's rows in its DTensors, and they fit everywhere if rows divide evenly.
-    Ranks whose rows are the same in every matrix, to the bit, have loaded such a file.
+    Ranks whose parts are the same in every tensor, to the bit, have loaded such a file.
 
     Raises:
         RuntimeError: on every rank.
     """
     by_group: dict[Any, list[Tensor]] = {}
-    for matrix in matrices:
-        if matrix.layout.group is not None and matrix.layout.mesh is not None:
-            sums = [_checksum(local(t)) for t in state[matrix.parameter].values() if isinstance(t, DTensor)]
-            by_group.setdefault(matrix.layout.group, []).extend(sums)
+    for tensor in shards:
+        mesh = tensor.device_mesh
+        for axis, placement in enumerate(tensor.placements):
+            if isinstance(placement, Shard) and mesh.size(axis) > 1:
+                by_group.setdefault(mesh.get_group(axis), []).append(local(tensor))
     for group, members in by_group.items():
-        if not members:
-            continue
-        own = torch.stack(members)
+        own = torch.stack(list(map(_checksum, members)))
         differing = {rank for rank, _ in ranks_that_differ(own, group)}
         same = [rank for rank in range(1, dist.get_world_size(group)) if rank not in differing]
-        nonzero = any(bool(local(t).any()) for m in matrices for t in state[m.parameter].values() if local(t).ndim == 2)
-        votes = torch.tensor([int(nonzero)], device=own.device)
+        votes = torch.tensor([int(any(bool(tensor.any()) for tensor in members))], device=own.device)
         dist.all_reduce(votes, group=group)
         if same and int(votes) == dist.get_world_size(group):
             raise RuntimeError(

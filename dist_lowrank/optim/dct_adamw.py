@@ -81,6 +81,10 @@ class DCTAdamW(LowRankOptimizer):
             They divide the rows among them. No effect on DTensors.
         workspace_bytes: bound on the transient memory of a step; a single matrix may exceed it.
         verify_every: steps between comparisons of the chosen columns over ranks (a few bytes each); 0: never.
+        agree_on_gradients: ask the ranks that share a parameter, before each step, whether any of them has a gradient
+            of it: an all-reduce of one byte per parameter, which the host waits for. False takes this rank's word
+            for it, and is right where ranks always have gradients of the same parameters (FSDP2 and DDP of a model
+            without conditional layers).
 
     Raises:
         ValueError: for an option that is not allowed, naming it, its value and what is.
@@ -111,6 +115,7 @@ class DCTAdamW(LowRankOptimizer):
         process_group: dist.ProcessGroup | None = None,
         workspace_bytes: int = WORKSPACE_BYTES,
         verify_every: int = VERIFY_EVERY,
+        agree_on_gradients: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -138,6 +143,7 @@ class DCTAdamW(LowRankOptimizer):
             process_group=process_group,
             workspace_bytes=workspace_bytes,
             verify_every=verify_every,
+            agree_on_gradients=agree_on_gradients,
         )
 
     def recipe(self, group: dict[str, Any]) -> Recipe:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from dist_lowrank.optim.options import check_betas, check_number
 from dist_lowrank.optim.rounding import RandomBits, store_weight
-from dist_lowrank.sharding.layouts import local
+from dist_lowrank.sharding.layouts import global_offset, local
+from dist_lowrank.sharding.pieces import Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +37,22 @@ class DenseOptions:
 
 @dataclass(frozen=True, slots=True)
 class DenseParameter:
-    """A parameter on the dense path."""
+    """A parameter on the dense path, or a piece of one."""
 
-    name: str
-    tensor: Tensor
-    flat_start: int | None  # where it begins in the parameter of which it is a flat slice; None: it is none
+    piece: Piece
+    tensor: Tensor  # the parameter
+    flat_group: dist.ProcessGroup | None = None  # the ranks among which a flat tensor's pieces are cut
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        """Where this rank's part begins: per dimension, or, for a flat slice, the element."""
+        if self.flat_group is not None:
+            return (self.piece.flat[self.flat_group.rank()].start,)
+        return global_offset(self.tensor)
+
+    def state(self, of_parameter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's tensors of this piece, out of the state of its parameter."""
+        return {key: local(of_parameter[self.piece.prefix + key]) for key in ("step", "exp_avg", "exp_avg_sq")}
 
 
 def arithmetic_dtype(parameter: Tensor) -> torch.dtype:
@@ -48,28 +61,36 @@ def arithmetic_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def local_gradient(parameter: Tensor) -> Tensor:
-    """The local part of a gradient, placed as its parameter is.
+    """The local part of a gradient, placed as its parameter is; zeros where only other ranks have one.
 
     A DTensor gradient can be placed otherwise, such as a sum over ranks that is still to be made; then this is
     collective.
     """
     gradient = parameter.grad
-    assert gradient is not None
+    if gradient is None:
+        return torch.zeros_like(local(parameter.detach()))
     if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
         gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
     return local(gradient)
 
 
-def dense_state(parameter: Tensor) -> dict[str, Tensor]:
+def part_of_gradient(piece: Piece, gradient: Tensor) -> Tensor:
+    """The part of a piece in the local gradient of its parameter."""
+    return piece.view(gradient if piece.whole else gradient.contiguous())
+
+
+def dense_state(parameter: DenseParameter) -> dict[str, Tensor]:
     """Zero state of AdamW, sharded like the parameter; moments in float32 (float64 for float64)."""
-    dtype = arithmetic_dtype(parameter)
-    device = local(parameter).device
-    return {
-        # On a GPU the fused kernel wants the counter there.
-        "step": torch.zeros((), dtype=torch.float32, device=device if device.type == "cuda" else "cpu"),
-        "exp_avg": torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format),
-        "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format),
+    tensor, piece = parameter.tensor, parameter.piece
+    part = tensor if piece.whole else piece.view(local(tensor.detach()))
+    device = local(tensor).device
+    moments = {
+        key: torch.zeros_like(part, dtype=arithmetic_dtype(tensor), memory_format=torch.contiguous_format)
+        for key in ("exp_avg", "exp_avg_sq")
     }
+    # On a GPU the fused kernel wants the counter there.
+    step = torch.zeros((), dtype=torch.float32, device=device if device.type == "cuda" else "cpu")
+    return {piece.prefix + key: value for key, value in {"step": step, **moments}.items()}
 
 
 def dense_waves(parameters: Sequence[DenseParameter], workspace_bytes: int) -> Iterator[list[DenseParameter]]:
@@ -79,7 +100,8 @@ def dense_waves(parameters: Sequence[DenseParameter], workspace_bytes: int) -> I
     for parameter in parameters:
         tensor, needed_bytes = parameter.tensor, 0
         if tensor.dtype != arithmetic_dtype(tensor):
-            needed_bytes = 2 * local(tensor).numel() * arithmetic_dtype(tensor).itemsize
+            elements = parameter.piece.view(local(tensor.detach())).numel()
+            needed_bytes = 2 * elements * arithmetic_dtype(tensor).itemsize
         if wave and used_bytes + needed_bytes > workspace_bytes:
             yield wave
             wave, used_bytes = [], 0
@@ -90,21 +112,24 @@ def dense_waves(parameters: Sequence[DenseParameter], workspace_bytes: int) -> I
 
 
 def dense_step(
-    parameters: Sequence[DenseParameter], states: Sequence[dict[str, Tensor]], options: DenseOptions
+    parameters: Sequence[DenseParameter], states: Sequence[Mapping[str, Tensor]], options: DenseOptions
 ) -> None:
     """One step of AdamW (arXiv 1711.05101) for parameters of one group that have gradients.
 
     Works on local tensors: AdamW is element-wise. Parameters of less than float32 are updated in float32 and rounded.
     """
-    weights = [local(parameter.tensor.detach()) for parameter in parameters]
+    weights = [parameter.piece.view(local(parameter.tensor.detach())) for parameter in parameters]
     # The fused kernel walks memory without regard to strides: it gets contiguous tensors, the weight itself if it can.
     wide = [weight.to(arithmetic_dtype(weight)).contiguous() for weight in weights]
-    gradients = [local_gradient(p.tensor).to(w.dtype).contiguous() for p, w in zip(parameters, wide, strict=True)]
+    gradients = [
+        part_of_gradient(parameter.piece, local_gradient(parameter.tensor)).to(weight.dtype).contiguous()
+        for parameter, weight in zip(parameters, wide, strict=True)
+    ]
     adamw(
         wide,
         gradients,
-        [local(state["exp_avg"]) for state in states],
-        [local(state["exp_avg_sq"]) for state in states],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
         [],
         [state["step"] for state in states],
         fused=all(weight.device.type in ("cpu", "cuda") for weight in weights),
@@ -119,5 +144,5 @@ def dense_step(
     for parameter, weight, updated, state in zip(parameters, weights, wide, states, strict=True):
         if updated is not weight:
             step = int(state["step"]) if options.weight_rounding == "stochastic" else 0  # on a GPU it waits for it
-            random = RandomBits(options.seed, parameter.name, step)
-            store_weight(parameter.tensor, updated, options.weight_rounding, random, parameter.flat_start)
+            random = RandomBits(options.seed, parameter.piece.name, step)
+            store_weight(weight, updated, options.weight_rounding, random, parameter.offset, parameter.piece.shape)

@@ -20,30 +20,46 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dist_lowrank.dictionaries import DictionaryCache
+from dist_lowrank.optim.agreement import agree_on_gradients, check_not_in_backward
 from dist_lowrank.optim.binding import (
-    BoundGroup,
     BoundMatrix,
-    FlatPlace,
-    bind_group,
+    BoundParameter,
+    bind_parameter,
+    canonical_name,
     check_loaded_shards,
     check_replicas,
     is_trained,
     structure_of,
 )
 from dist_lowrank.optim.dense import DenseOptions, dense_step, dense_waves
-from dist_lowrank.optim.options import check_count, check_number
+from dist_lowrank.optim.flat_state import cut_flat_state, gather_flat_state
+from dist_lowrank.optim.options import check_choice, check_count, check_number, refuse
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.state_dict import load_into, validate_state_dict
-from dist_lowrank.optim.wave import cut_waves, update_wave, verify_columns
-from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.optim.wave import count_steps, cut_waves, update_wave, verify_columns
 from dist_lowrank.sharding.layouts import local
+from dist_lowrank.sharding.pieces import HIGHER_DIMS, FlatPart, FlatPlace
 
 WORKSPACE_BYTES = 512 * 2**20
 VERIFY_EVERY = 100  # steps
 
 
+# What only groups say: which parameters are matrices, and of which matrices they consist.
+PATH_OPTIONS = {"low_rank": True, "higher_dims": "dense", "split": None, "split_dim": 0}
+
+
 class LowRankOptimizer(torch.optim.Optimizer):
-    """Base of all optimizers here; subclasses define `recipe` and `dense_options`."""
+    """Base of all optimizers here; subclasses define `recipe` and `dense_options`.
+
+    Options of a parameter group that say which matrices its parameters consist of:
+        low_rank: False puts all of the group on the dense path.
+        higher_dims: what to do with parameters of more than two dimensions: `dense`; `stack`, an expert stack
+            (E, R, C) is E matrices, each with columns of its own; `flatten`, a convolution (out, ...) is a matrix
+            (out, rest).
+        split: sizes into which each matrix is split along `split_dim` (0 or 1; default 0), each a matrix of its own:
+            fused QKV or gate-up weights. Where that dimension is the sharded one, rows move to even blocks and back
+            at each step.
+    """
 
     def __init__(
         self,
@@ -53,8 +69,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | None = None,
         workspace_bytes: int = WORKSPACE_BYTES,
         verify_every: int = VERIFY_EVERY,
+        agree_on_gradients: bool = True,
     ) -> None:
         check_count("workspace_bytes", workspace_bytes)
+        check_choice("agree_on_gradients", agree_on_gradients, (False, True))
         if verify_every != 0:
             check_count("verify_every", verify_every)
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
@@ -62,13 +80,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.process_group = process_group
         self.workspace_bytes = workspace_bytes
         self.verify_every = verify_every
+        self.agree_on_gradients = agree_on_gradients
         self._steps = 0  # of this object; state counts its own
         self._flat: dict[Tensor, FlatPlace] = {}
         self._forget_binding()
-        super().__init__(params, {"low_rank": True, **defaults})
+        super().__init__(params, {**PATH_OPTIONS, **defaults})
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("process_group", "workspace_bytes", "verify_every", "_steps", "_flat")
+        kept = ("process_group", "workspace_bytes", "verify_every", "agree_on_gradients", "_steps", "_flat")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -85,8 +104,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return copied
 
     def _forget_binding(self) -> None:
-        self._bound: list[BoundGroup] | None = None
-        self._bound_parameters: list[tuple[int, bool]] = []
+        self._bound: dict[Tensor, BoundParameter] = {}
+        self._bound_members: list[tuple[dict[str, Any], list[Tensor]]] = []  # groups and what they held
         self._unchecked: list[tuple[str, Tensor]] = []  # replicated parameters not yet compared between ranks
         self._shards_loaded = False  # and not yet compared between ranks
         self._dictionaries = DictionaryCache()
@@ -108,46 +127,52 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Updates all parameters that have a gradient. `p.grad` is only read.
 
-        Collective over the ranks that share a parameter; each of them must have gradients for the same parameters.
+        Collective over the ranks that share a parameter. Where only some of them have a gradient of a sharded
+        parameter, the others count as zero.
 
         Raises:
             LayoutError: a matrix is sharded in a way that cannot be updated exactly.
             ValueError: replicas of plain parameters differ (checked at the first step), or an option that fixes the
                 shapes of state was changed.
-            RuntimeError: ranks have chosen different columns, or hold the shards of another rank.
+            RuntimeError: ranks have chosen different columns, or hold the shards of another rank, or only some
+                replicas have a gradient, or ranks share parameters and the step is called during a backward pass.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         groups = list(zip(self.param_groups, self.bind(), strict=True))
-        self._check_before_step()
-        state = self._state
-        jobs, device_types = [], set()
-        for group, bound in groups:
+        everything = [bound for _, members in groups for bound in members]
+        self._check_before_step(everything)
+        active = agree_on_gradients(everything, self.agree_on_gradients)
+        state, jobs, dense = self._state, [], []
+        for group, members in groups:
             recipe = self.recipe(group)
-            if structure_of(recipe) != bound.structure:
-                raise ValueError(
-                    f"rank, side, dictionary: {structure_of(recipe)} is not allowed after state was made with "
-                    f"{bound.structure}; allowed: the same"
-                )
-            jobs += [(matrix, recipe) for matrix in bound.matrices if matrix.parameter.grad is not None]
-            device_types |= {parameter.device.type for parameter in group["params"]}
-        with _no_autocast(device_types):
+            updated = [bound for bound in members if bound.parameter in active]
+            for bound in updated:
+                if structure_of(recipe) != bound.structure:
+                    raise ValueError(
+                        f"rank, side, dictionary: {structure_of(recipe)} is not allowed after state was made with "
+                        f"{bound.structure}; allowed: the same"
+                    )
+                jobs += [(matrix, recipe) for matrix in bound.matrices]
+            dense.append((self.dense_options(group), [each for bound in updated for each in bound.dense]))
+        count_steps(jobs, state)
+        with _no_autocast({bound.parameter.device.type for bound in everything}):
             for wave in cut_waves(jobs, self.workspace_bytes):
                 update_wave(wave, state, self._dictionaries)
-        for group, bound in groups:
-            dense = [parameter for parameter in bound.dense if parameter.tensor.grad is not None]
-            for parameters in dense_waves(dense, self.workspace_bytes):
-                dense_step(parameters, [state[p.tensor] for p in parameters], self.dense_options(group))
+        for options, parameters in dense:
+            for part in dense_waves(parameters, self.workspace_bytes):
+                dense_step(part, [each.state(state[each.tensor]) for each in part], options)
         self._steps += 1
         if self.verify_every and self._steps % self.verify_every == 0:
-            verify_columns([matrix for _, bound in groups for matrix in bound.matrices], state)
+            verify_columns([matrix for bound in everything for matrix in bound.matrices], state)
         return loss
 
-    def _check_before_step(self) -> None:
-        """What can only be told by comparing ranks, once after binding and after loading."""
-        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
+    def _check_before_step(self, everything: Sequence[BoundParameter]) -> None:
+        """What can only be told at a step; and, once after binding and after loading, by comparing ranks."""
+        check_not_in_backward(everything)
+        if any(bound.parameter.grad is not None and bound.parameter.grad.is_sparse for bound in everything):
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         unchecked, self._unchecked = self._unchecked, []
         if unchecked:
@@ -156,31 +181,72 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 check_replicas(unchecked, replicas.get_group())
         if self._shards_loaded:
             self._shards_loaded = False
-            check_loaded_shards([matrix for bound in self.bind() for matrix in bound.matrices], self._state)
+            tensors = [tensor for bound in everything for tensor in self._state[bound.parameter].values()]
+            check_loaded_shards([tensor for tensor in tensors if isinstance(tensor, DTensor)])
 
     # Binding and state --------------------------------------------------------------------------------------------
 
-    def bind(self) -> list[BoundGroup]:
-        """Reads the layout of every parameter and creates all missing state; `step` and the rest call it.
+    def bind(self) -> list[list[BoundParameter]]:
+        """Reads the layouts of parameters and creates all missing state; `step` and the rest call it.
 
-        Does nothing while parameters and state are those that it knows. Communicates nothing.
+        Does nothing for parameters whose state it knows. Communicates nothing.
+
+        Returns:
+            What is known of the parameters of each group, but for frozen ones.
 
         Raises:
             LayoutError: a matrix is sharded over several mesh dimensions, or otherwise than in blocks.
         """
-        parameters = [(p, is_trained(p)) for group in self.param_groups for p in group["params"]]
-        seen = [(id(parameter), trained) for parameter, trained in parameters]
-        complete = all(self._state.get(parameter) for parameter, trained in parameters if trained)
-        if self._bound is not None and complete and seen == self._bound_parameters:
-            return self._bound
-        bound, position = [], 0
+        by_group, position = [], 0
+        known = all(p in self._bound for group in self.param_groups for p in group["params"] if is_trained(p))
+        if not known:
+            self._forget_replaced()
+        for group in self.param_groups:
+            parameters = group["params"]
+            names = group.get("param_names") or []
+            if len(names) != len(parameters):
+                names = [f"parameter_{position + index}" for index in range(len(parameters))]
+            by_group.append(
+                [
+                    self._bind_parameter(name, parameter, group)
+                    for name, parameter in zip(names, parameters, strict=True)
+                    if is_trained(parameter)
+                ]
+            )
+            position += len(parameters)
+        if not known:
+            self._bound_members = [(group, list(group["params"])) for group in self.param_groups]
+        return by_group
+
+    def _forget_replaced(self) -> None:
+        """Drops the state of parameters that a wrapper has replaced, and comparisons that were still to be made.
+
+        Otherwise it would keep the whole weights alive beside the shards. Parameters of a group that is absent are
+        kept, and flat tensors: DeepSpeed steps with one group at a time.
+        """
+        present = {parameter for group in self.param_groups for parameter in group["params"]}
+        groups = {id(group) for group in self.param_groups}
+        held = {parameter for group, members in self._bound_members if id(group) in groups for parameter in members}
+        for parameter in held - present - set(self._flat):
+            self._state.pop(parameter, None)
+            self._bound.pop(parameter, None)
+        self._unchecked = [(name, p) for name, p in self._unchecked if p in present or p not in held]
+
+    def _bind_parameter(self, name: str, parameter: Tensor, group: dict[str, Any]) -> BoundParameter:
+        bound, state = self._bound.get(parameter), self._state.get(parameter)
+        if bound is not None and state:
+            return bound
+        name, place = canonical_name(name), self._flat.get(parameter)
+        plain = place is None and not isinstance(parameter, DTensor)
+        replicas = self._replica_mesh(parameter.device) if plain else None
         with torch.inference_mode(False), torch.no_grad():
-            for group in self.param_groups:
-                recipe = self.recipe(group)
-                bound.append(bind_group(group, position, recipe, self._state, self._replica_mesh, self._flat))
-                position += len(group["params"])
-        self._bound, self._bound_parameters = bound, seen
-        self._unchecked += [fresh for group in bound for fresh in group.fresh_replicas]
+            bound = bind_parameter(name, parameter, group, self.recipe(group), state or {}, replicas, place)
+        if not state:
+            self._state[parameter] = bound.fresh_state
+            if plain:
+                self._unchecked.append((name, parameter))
+        bound.fresh_state = {}
+        self._bound[parameter] = bound
         return bound
 
     @property
@@ -196,28 +262,34 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def state(self, value: Any) -> None:
         self._state = value
 
-    def declare_flat_slices(self, slices: Mapping[Tensor, Sequence[FlatSlice]], group: dist.ProcessGroup) -> None:
-        """Says which 1-D parameters are flat slices of larger ones, cut anywhere, as ZeRO and FSDP1 make them.
+    def declare_flat_parts(self, parts: Mapping[Tensor, Sequence[FlatPart]], group: dist.ProcessGroup) -> None:
+        """Says which 1-D parameters consist of slices of other ones, cut anywhere, as ZeRO makes them.
 
         Args:
-            slices: by parameter, the slice of each rank of `group`; this rank's has the parameter's number of elements.
+            parts: by parameter, what it holds; the same names in the same order on all ranks of `group`. Elements that
+                belong to no part (padding) are left alone.
 
         Raises:
-            ValueError: a slice that is not the parameter's.
+            ValueError: parts that do not lie one after the other within their parameter.
         """
-        for parameter, by_rank in slices.items():
-            own = by_rank[dist.get_rank(group)]
-            if len(by_rank) != dist.get_world_size(group) or parameter.shape != (own.stop - own.start,):
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        for parameter, members in parts.items():
+            position = 0
+            for part in members:
+                run = part.slices[rank] if len(part.slices) == size else None
+                if run is None or (run.stop > run.start and part.offset < position):
+                    raise ValueError(
+                        f"flat part {part.name!r}: {len(part.slices)} slices, this rank's from element {part.offset} "
+                        f"on; allowed: {size}, one per rank, from element {position} on, where the part before it ends"
+                    )
+                position = max(position, part.offset + run.stop - run.start) if run.stop > run.start else position
+            if parameter.ndim != 1 or position > parameter.numel():
                 raise ValueError(
-                    f"flat slices: {len(by_rank)} slices, and one of {own.stop - own.start} elements for a parameter "
-                    f"of shape {tuple(parameter.shape)}; allowed: one per rank, of the parameter's size"
+                    f"flat parts: {position} elements for a parameter of shape {tuple(parameter.shape)}; allowed: one "
+                    "dimension, and no more elements than it has"
                 )
-            self._flat[parameter] = FlatPlace(tuple(by_rank), group)
-        self._bound = None
-
-    @property
-    def holds_flat_slices(self) -> bool:
-        return bool(self._flat)
+            self._flat[parameter] = FlatPlace(tuple(members), group)
+            self._bound.pop(parameter, None)
 
     def _replica_mesh(self, device: torch.device) -> DeviceMesh | None:
         """The 1-D mesh of the ranks that hold copies of plain parameters; None without torch.distributed."""
@@ -243,6 +315,28 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 check_number(rate, group[rate])
         self.recipe(group)
         self.dense_options(group)
+        check_choice("higher_dims", group["higher_dims"], HIGHER_DIMS)
+        if group["split_dim"] not in (0, 1):
+            raise refuse("split_dim", group["split_dim"], "0, 1")
+        sizes = group["split"]
+        if sizes is not None and not (isinstance(sizes, (list, tuple)) and sizes):
+            raise refuse("split", sizes, "None, or a list of sizes")
+        for size in sizes or ():
+            check_count("split", size)
+
+    def _cut_flat(self, incoming: dict[str, Any]) -> dict[str, Any]:
+        """A state dict in which this rank's part stands for gathered state of flat tensors."""
+        state = dict(incoming["state"])
+        for group, saved_group in zip(self.param_groups, incoming["param_groups"], strict=False):
+            for parameter, index in zip(group["params"], saved_group["params"], strict=False):
+                if parameter in self._flat and index in state:
+                    state[index] = cut_flat_state(self._bound[parameter], self._flat[parameter], state[index])
+        return {**incoming, "state": state}
+
+    def gather_flat_state(self, state: Mapping[Tensor, Mapping[str, Tensor]]) -> dict[Tensor, dict[str, Tensor]]:
+        """The state of flat tensors in global shapes, the same on all ranks; empty without any. Collective."""
+        self.bind()
+        return {p: gather_flat_state(self._bound[p], place, state[p]) for p, place in self._flat.items() if p in state}
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; tensors only. Sharded state is in DTensors, of which each rank saves its part.
@@ -254,9 +348,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _drop_orphans(self) -> None:
         """Forgets the state of parameters that were replaced."""
-        known = {parameter for group in self.param_groups for parameter in group["params"]}
+        known = {parameter for group in self.param_groups for parameter in group["params"]} | set(self._flat)
         for parameter in [each for each in self.state if each not in known]:
             del self._state[parameter]
+            self._bound.pop(parameter, None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps its dtypes (torch casts integers too to the parameter's dtype).
@@ -272,6 +367,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         saved: list[dict[str, Any]] = []
 
         def set_state_aside(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+            incoming = self._cut_flat(incoming)
             validate_state_dict(self.param_groups, kept, incoming)
             for group, saved_group in zip(self.param_groups, incoming["param_groups"], strict=False):
                 self._check_group({**group, **saved_group})
@@ -282,6 +378,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._state, self._unchecked = kept, unchecked
             load_into([p for group in self.param_groups for p in group["params"]], kept, saved)
             self._shards_loaded = any(isinstance(value, DTensor) for state in saved for value in state.values())
+            # The groups are new objects now; what is replaced in them from here on is to be noticed.
+            self._bound_members = [(group, list(group["params"])) for group in self.param_groups]
             for matrix in self._matrices():
                 matrix.previous_indices = None
 
@@ -301,17 +399,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def memory_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds, by cause; the causes are disjoint and their sum is all of the state."""
         totals = dict.fromkeys(("moments", "dense_moments", "indices", "error_feedback", "other_state"), 0)
-        for group, bound in zip(self.param_groups, self.bind(), strict=True):
+        for group, members in zip(self.param_groups, self.bind(), strict=True):
             recipe = self.recipe(group)
-            for matrix in bound.matrices:
-                specs = recipe.state(matrix.layout.form, matrix.dtype)
-                for key, tensor in self._state[matrix.parameter].items():
-                    cause = specs[key].cause if key in specs else "other_state"
-                    totals[cause] += local(tensor).untyped_storage().nbytes()
-            for parameter in bound.dense:
-                for key, tensor in self._state[parameter.tensor].items():
-                    cause = "other_state" if key == "step" else "dense_moments"
-                    totals[cause] += local(tensor).untyped_storage().nbytes()
+            for bound in members:
+                causes: dict[str, str] = {}
+                for matrix in bound.matrices:
+                    specs = recipe.state(matrix.layout.form, matrix.dtype)
+                    causes |= {matrix.piece.prefix + key: spec.cause for key, spec in specs.items()}
+                for dense in bound.dense:
+                    causes |= {dense.piece.prefix + key: "dense_moments" for key in ("exp_avg", "exp_avg_sq")}
+                for key, tensor in self._state[bound.parameter].items():
+                    totals[causes.get(key, "other_state")] += local(tensor).untyped_storage().nbytes()
         return {**totals, "dictionary": self._dictionaries.storage_bytes}
 
     def captured_energy(self) -> dict[str, float]:
@@ -334,7 +432,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         turnover = {}
         for matrix in self._matrices():
             if matrix.previous_indices is not None:
-                indices = local(self.state[matrix.parameter]["indices"]).long()
+                indices = matrix.state(self.state[matrix.parameter])["indices"].long()
                 stayed = torch.isin(indices, matrix.previous_indices.long()).sum()
                 turnover[matrix.name] = 1 - int(stayed) / len(indices)
         return turnover
@@ -345,15 +443,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         Only of matrices with `column_bias_correction`, which alone keeps ages: no state is kept for this. With
         `transition="keep"` these are ages of slots, with `"reset"` updates since the last refresh.
         """
-        states = {matrix.name: self.state[matrix.parameter] for matrix in self._matrices()}
+        states = {matrix.name: matrix.state(self.state[matrix.parameter]) for matrix in self._matrices()}
         return {
-            name: float(local(state["age"]).double().mean())
+            name: float(state["age"].double().mean())
             for name, state in states.items()
             if "age" in state and state["step"] > 0
         }
 
     def _matrices(self) -> list[BoundMatrix]:
-        return [matrix for bound in self._bound or [] for matrix in bound.matrices]
+        """Of which this rank has a share."""
+        return [matrix for bound in self._bound.values() for matrix in bound.matrices if matrix.present]
 
 
 @contextmanager

@@ -87,6 +87,11 @@ class Recipe:
             **self.residual.state(form, dtype),
         }
 
+    def statistics(self, form: TallForm, refresh: bool) -> list[int]:
+        """By round: the size of what the rule of one matrix sums over ranks."""
+        scores = [form.n] if refresh else []
+        return scores + self.moments.statistics(form)
+
 
 _COLUMN_OPTIONS = (
     *("lr", "weight_decay", "rank", "side", "dictionary", "ranking", "seed"),

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_lowrank.sharding.layouts import global_offset, local
-
 WEIGHT_ROUNDINGS = ("nearest", "stochastic")
 CHUNK_ELEMENTS = 2**20  # worked on at once: bounds the transient memory of hashing
 _WORD = 0xFFFFFFFF
@@ -92,23 +90,21 @@ def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
 
 
 def store_weight(
-    parameter: Tensor, values: Tensor, rounding: str, random: RandomBits, flat_start: int | None = None
+    weight: Tensor, values: Tensor, rounding: str, random: RandomBits, offset: Sequence[int], shape: Sequence[int]
 ) -> None:
-    """Writes updated values, of the local shape of `parameter`, into it, rounding where it is narrower than they.
+    """Writes updated values into a local weight, rounding where it is narrower than they.
 
     Args:
-        flat_start: where a flat slice begins in its row-major parameter; None: it is no flat slice.
+        offset: where the local weight begins in the global one, per dimension; one number for a run of elements.
+        shape: of the global weight.
     """
-    weight = local(parameter.detach())
     if rounding == "nearest" or weight.dtype != torch.bfloat16:
         weight.copy_(values)
         return
-    shape, offset = tuple(parameter.shape), global_offset(parameter)
-    if flat_start is not None:
-        offset = (flat_start,)
-    if not shape:
-        weight, values, shape, offset = weight.view(1), values.view(1), (1,), (0,)
+    if not weight.ndim:
+        weight, values, offset, shape = weight.view(1), values.view(1), (0,), (1,)
     for rows in row_chunks(weight.shape[0], weight[:1].numel()):
         chunk = values[rows].float()
-        positions = positions_of(chunk.shape, (offset[0] + rows.start, *offset[1:]), shape, chunk.device)
+        begin, known = (offset[0] + rows.start, *offset[1:]), shape[: chunk.ndim]  # only the last dimensions matter
+        positions = positions_of(chunk.shape, begin, known, chunk.device)
         weight[rows].copy_(round_stochastically(chunk, random.at("weight", positions)))

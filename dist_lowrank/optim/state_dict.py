@@ -12,7 +12,16 @@ from torch.distributed.tensor import DTensor
 from dist_lowrank.sharding.layouts import local, local_part
 
 # Options that give stored numbers their meaning; the shapes of the state tell the rest (rank, residual).
-_STRUCTURAL_OPTIONS = ("dictionary", "side", "moment_dtype", "error_feedback", "low_rank")
+_STRUCTURAL_OPTIONS = (
+    "dictionary",
+    "side",
+    "moment_dtype",
+    "error_feedback",
+    "low_rank",
+    "higher_dims",
+    "split",
+    "split_dim",
+)
 
 
 def validate_state_dict(
@@ -75,16 +84,18 @@ def load_into(
 def full_state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state dict with every sharded tensor gathered, as one process would have it. Collective.
 
-    All ranks have to call it, and all get the whole. `load_state_dict` takes the result at any world size.
-
-    Raises:
-        ValueError: state of flat slices, which is not gathered yet.
+    All ranks have to call it, and all get the whole. `load_state_dict` takes the result at any world size, and, for
+    flat tensors, with any cuts.
     """
-    if getattr(optimizer, "holds_flat_slices", False):
-        raise ValueError("the state of flat slices cannot be gathered yet; allowed: `state_dict` on each rank")
     state_dict = optimizer.state_dict()
+    gather: Any = getattr(optimizer, "gather_flat_state", None)
+    flat = gather(optimizer.state) if gather is not None else {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    positions = [index for group in state_dict["param_groups"] for index in group["params"]]
+    of_index = dict(zip(positions, parameters, strict=True))
     state_dict["state"] = {
-        index: {key: _full(value) for key, value in tensors.items()} for index, tensors in state_dict["state"].items()
+        index: flat.get(of_index[index]) or {key: _full(value) for key, value in tensors.items()}
+        for index, tensors in state_dict["state"].items()
     }
     return state_dict
 

@@ -31,7 +31,7 @@ class Trion(LowRankOptimizer):
         params: tensors, named tensors or groups; every option can differ per group.
         lr, momentum, weight_decay: of matrices. `weight_decay` also holds for the dense path.
         rank, dictionary, transform, materialize, ranking, side, weight_rounding, seed, process_group, workspace_bytes,
-            verify_every: as `DCTAdamW`'s. Columns are chosen at every step.
+            verify_every, agree_on_gradients: as `DCTAdamW`'s. Columns are chosen at every step.
         newton_schulz_steps: quintic steps with coefficients (3.4445, -4.7750, 2.0315).
         scale: of the step: `spectral`, max(1, sqrt(R / C)); `match_rms_adamw`, 0.2 sqrt(max(R, C)); `none`, 1.
         dense_lr, dense_betas, dense_eps: of AdamW on the dense path. Schedulers change `lr`; `dense_lr` follows in
@@ -64,6 +64,7 @@ class Trion(LowRankOptimizer):
         process_group: dist.ProcessGroup | None = None,
         workspace_bytes: int = WORKSPACE_BYTES,
         verify_every: int = VERIFY_EVERY,
+        agree_on_gradients: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -89,6 +90,7 @@ class Trion(LowRankOptimizer):
             process_group=process_group,
             workspace_bytes=workspace_bytes,
             verify_every=verify_every,
+            agree_on_gradients=agree_on_gradients,
         )
 
     def recipe(self, group: dict[str, Any]) -> Recipe:

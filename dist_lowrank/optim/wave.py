@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_lowrank.dictionaries import Dictionary, DictionaryCache
 from dist_lowrank.optim.binding import BoundMatrix
-from dist_lowrank.optim.dense import local_gradient
+from dist_lowrank.optim.dense import local_gradient, part_of_gradient
 from dist_lowrank.optim.recipe import SCALES, Recipe, Update, low_rank_rule
 from dist_lowrank.optim.rounding import RandomBits, RowNoise, store_weight
 from dist_lowrank.sharding.layouts import local
@@ -45,16 +45,28 @@ def cut_waves(jobs: Sequence[Job], workspace_bytes: int) -> Iterator[list[Job]]:
         yield wave
 
 
+def count_steps(jobs: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+    """Adds 1 to the step counters of all matrices to be updated; those of a stack share theirs."""
+    counters = [state[matrix.parameter][f"{matrix.piece.prefix}step"] for matrix, _ in jobs]
+    for counter in {id(counter): counter for counter in counters}.values():
+        counter.add_(1)
+
+
 def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]], cache: DictionaryCache) -> None:
     """Updates the matrices of a wave. Collective over the ranks that share them."""
+    wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
     layouts = [matrix.layout for matrix, _ in wave]
-    gradients = [local_gradient(matrix.parameter) for matrix, _ in wave]
+    by_parameter: dict[Tensor, Tensor] = {}
+    for matrix, _ in wave:
+        if matrix.parameter not in by_parameter:
+            by_parameter[matrix.parameter] = local_gradient(matrix.parameter)
+    gradients = [part_of_gradient(matrix.piece, by_parameter[matrix.parameter]) for matrix, _ in wave]
     rows = fetch_rows(layouts, gradients, [matrix.dtype for matrix, _ in wave])
     dictionaries = [_dictionary(matrix, recipe, cache) for matrix, recipe in wave]
     tasks, chosen_before, random = [], [], []
     for (matrix, recipe), own_rows, dictionary in zip(wave, rows, dictionaries, strict=True):
-        own = {key: local(tensor) for key, tensor in state[matrix.parameter].items()}
-        step = int(own["step"].add_(1))
+        own = matrix.state(state[matrix.parameter])
+        step = int(own["step"])
         chosen_before.append(own["indices"][: 0 if step == 1 else None].clone())
         layout, bits = matrix.layout, RandomBits(recipe.seed, matrix.name, step)
         noise = RowNoise(bits, layout.start)
@@ -73,10 +85,12 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
         if scores is not None:
             matrix.previous_indices = chosen_before[index]
             matrix.captured_energy = scores[indices].sum() / scores.sum()
-        target = local(matrix.parameter.detach()).to(matrix.dtype)  # the weight itself unless it is of lower precision
+        weight = matrix.piece.view(local(matrix.parameter.detach()))
+        target = weight.to(matrix.dtype)  # the weight itself unless it is of lower precision
         _apply(target, matrix, recipe, dictionaries[index], directions[index], indices, lifted[index], arrived[index])
-        if matrix.parameter.dtype != matrix.dtype:
-            store_weight(matrix.parameter, target, recipe.weight_rounding, random[index], matrix.layout.flat_start)
+        if weight.dtype != matrix.dtype:
+            layout = matrix.layout
+            store_weight(weight, target, recipe.weight_rounding, random[index], layout.offset, layout.form.shape)
 
 
 def _dictionary(matrix: BoundMatrix, recipe: Recipe, cache: DictionaryCache) -> Dictionary:
@@ -131,10 +145,10 @@ def verify_columns(matrices: Sequence[BoundMatrix], state: Mapping[Tensor, Mappi
     """
     by_group: dict[Any, list[BoundMatrix]] = {}
     for matrix in matrices:
-        if matrix.layout.group is not None:
+        if matrix.layout.group is not None and matrix.present:
             by_group.setdefault(matrix.layout.group, []).append(matrix)
     for group, members in by_group.items():
-        sums = torch.stack([_checksum(state[matrix.parameter]["indices"]) for matrix in members])
+        sums = torch.stack([_checksum(matrix.state(state[matrix.parameter])["indices"]) for matrix in members])
         differing = ranks_that_differ(sums, group)
         if differing:
             rank, position = differing[0]

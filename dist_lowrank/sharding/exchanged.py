@@ -8,6 +8,8 @@
   element alone.
 - `FlatColumns`: the same run where the rows of the tall form are the matrix's columns. Each rank takes a block of
   columns; fragments go to them and updates come back.
+- `MovedRows`: the run of `FlatRows`, but of a piece of a DTensor, whose state has to be cut evenly to be a DTensor:
+  each rank takes an even block of rows; fragments go to them and updates come back.
 
 All of it is arithmetic on who holds what, which every rank knows; `dist_lowrank.sharding.rounds` moves the bytes.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +47,10 @@ class ColumnBlock(Layout):
     @property
     def columns(self) -> slice:
         return slice(*chunk_range(self.form.n, self.world_size, self.rank))
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        return (self.columns.start, 0) if self.form.transposed else (0, self.columns.start)
 
     def outgoing(self, gradient: Tensor) -> list[Tensor]:
         tall = self.form.view(gradient)  # (L, n_k)
@@ -141,8 +148,8 @@ class FlatRows(Layout):
         return self.slices[self.rank]
 
     @property
-    def flat_start(self) -> int | None:
-        return self.own.start
+    def offset(self) -> tuple[int, ...]:
+        return (self.own.start,)
 
     @property
     def exchanges(self) -> bool:
@@ -214,8 +221,8 @@ class FlatColumns(Layout):
         return self.slices[self.rank]
 
     @property
-    def flat_start(self) -> int | None:
-        return self.own.start
+    def offset(self) -> tuple[int, ...]:
+        return (self.own.start,)
 
     @property
     def exchanges(self) -> bool:
@@ -252,16 +259,72 @@ class FlatColumns(Layout):
         return [stop - start for start, stop in ranges]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovedRows(Layout):
+    """A flat slice whose matrix rows are the rows of the tall form, worked on in even blocks of rows.
+
+    For matrices whose state has to be sharded evenly though they are not: pieces of a DTensor.
+    """
+
+    rank: int
+    slices: tuple[FlatSlice, ...]
+
+    @property
+    def own(self) -> FlatSlice:
+        return self.slices[self.rank]
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        return (self.own.start,)
+
+    @property
+    def exchanges(self) -> bool:
+        return True
+
+    @property
+    def delivery(self) -> str:
+        return "rows"
+
+    def outgoing(self, gradient: Tensor) -> list[Tensor]:
+        start = self.own.start
+        return [gradient[max(0, first - start) : max(0, last - start)] for first, last in self._blocks()]
+
+    def incoming_shapes(self) -> list[tuple[int, ...]]:
+        first, last = self._blocks()[self.rank]
+        return [(max(0, min(each.stop, last) - max(each.start, first)),) for each in self.slices]
+
+    def assemble(self, gradient: Tensor, incoming: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(incoming)).view(-1, self.form.n)
+
+    def outgoing_update(self, rows: Tensor) -> list[Tensor]:
+        return list(torch.split(rows.reshape(-1), [size for (size,) in self.incoming_shapes()]))
+
+    def incoming_update_shapes(self) -> list[tuple[int, ...]]:
+        own = self.own
+        return [(max(0, min(own.stop, last) - max(own.start, first)),) for first, last in self._blocks()]
+
+    def add_update(self, weight: Tensor, incoming: Sequence[Tensor], *, decay: float, scale: float) -> None:
+        weight.mul_(decay).add_(torch.cat(list(incoming)), alpha=scale)
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        """By rank: the elements of the rows that it works on."""
+        ranges = (chunk_range(self.form.rows, len(self.slices), k) for k in range(len(self.slices)))
+        return [(start * self.form.n, stop * self.form.n) for start, stop in ranges]
+
+
 def flat_layout(
     form: TallForm,
     slices: Sequence[FlatSlice],
     rank: int,
     group: dist.ProcessGroup | None,
-) -> FlatRows | FlatColumns:
+    mesh: DeviceMesh | None = None,
+    placements: tuple[Any, ...] = (),
+) -> FlatRows | FlatColumns | MovedRows:
     """The layout of a matrix that the ranks of a group hold as consecutive flat slices.
 
     Args:
         slices: by rank; together they cover every element exactly once, in order.
+        mesh, placements: of the state, if it is to be DTensors.
 
     Raises:
         ValueError: elements are missing or held twice.
@@ -280,12 +343,13 @@ def flat_layout(
             f"flat slices of a matrix of shape {form.shape} end at {position}; allowed: "
             f"{form.shape[0] * form.shape[1]}, its last element"
         )
-    held, ranks = tuple(slices), len(slices)
-    if form.transposed:
-        start, stop = chunk_range(form.rows, ranks, rank)
-        return FlatColumns(form=form, start=start, stop=stop, group=group, rank=rank, slices=held)
-    own = held[rank]
-    return FlatRows(form=form, start=own.first_row, stop=own.last_row, group=group, rank=rank, slices=held)
+    own = slices[rank]
+    shared: dict[str, Any] = {"form": form, "group": group, "rank": rank, "slices": tuple(slices)}
+    if not form.transposed and mesh is None:
+        return FlatRows(start=own.first_row, stop=own.last_row, **shared)
+    start, stop = chunk_range(form.rows, len(slices), rank)
+    kind = FlatColumns if form.transposed else MovedRows
+    return kind(start=start, stop=stop, mesh=mesh, placements=placements, **shared)
 
 
 def column_block(form: TallForm, mesh: DeviceMesh, axis: int, placements: tuple[object, ...]) -> ColumnBlock:

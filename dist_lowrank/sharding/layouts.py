@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -124,9 +123,9 @@ class Layout:
         return slice(None)
 
     @property
-    def flat_start(self) -> int | None:
-        """Where the local tensor begins in the row-major matrix, if it is a flat slice of it."""
-        return None
+    def offset(self) -> tuple[int, ...]:
+        """Where this rank's part begins in the matrix: row and column, or, for a flat slice, the element."""
+        raise NotImplementedError
 
     @property
     def columns(self) -> slice:
@@ -146,20 +145,6 @@ class Layout:
     def largest_block(self) -> int:
         """Rows of the fullest rank: the same number on every rank, so fit for decisions that all must share."""
         return -(-self.form.rows // self.group_size)
-
-    def sharded_state(self, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Zeros with a row for each row of the matrix, (rows, columns) globally, sharded as this layout says."""
-        block = torch.zeros(self.stop - self.start, columns, dtype=dtype, device=device)
-        if self.mesh is None:
-            return block
-        return DTensor.from_local(
-            block,
-            self.mesh,
-            self.placements,
-            run_check=False,
-            shape=torch.Size((self.form.rows, columns)),
-            stride=(columns, 1),
-        )
 
     # Exchanges; only layouts that have them define these. Shapes and order are what every rank can work out. ---------
 
@@ -200,6 +185,11 @@ class RowBlock(Layout):
     @property
     def delivery(self) -> str:
         return "coefficients" if self.replicated else "local"
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        start = 0 if self.replicated else self.start
+        return (0, start) if self.form.transposed else (start, 0)
 
     def rows(self, local: Tensor) -> Tensor:
         """This rank's rows, (stop - start, n), as a view of its local tensor of the parameter or gradient."""

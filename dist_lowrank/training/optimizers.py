@@ -24,8 +24,9 @@ def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.opt
         return torch.optim.AdamW(groups, fused=True, **options)
     if isinstance(config.optimizer, DCTAdamWConfig):
         options["moment_dtype"] = _MOMENT_DTYPES[config.optimizer.moment_dtype]
-        return DCTAdamW(groups, seed=config.seed, **options)
-    return Trion(groups, seed=config.seed, **options)
+    # A training step leaves gradients of the same parameters on all ranks, so they need not ask each other.
+    options |= {"seed": config.seed, "agree_on_gradients": False}
+    return (DCTAdamW if isinstance(config.optimizer, DCTAdamWConfig) else Trion)(groups, **options)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps: int) -> LambdaLR:
