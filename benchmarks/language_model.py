@@ -27,7 +27,7 @@ from dist_lowrank.training.data.corpus import open_corpus
 
 CHARACTERS = 4_000_000
 LENGTH, BATCH = 48, 16
-ADAM_RATES = (4e-3, 8e-3, 16e-3, 32e-3)
+ADAM_RATES = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 MUON_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 DENSE_RATE = 4e-3  # of AdamW beside Muon and Trion
 BETAS = (0.9, 0.99)

@@ -202,7 +202,7 @@ def test_the_shapes_give_uneven_and_empty_shards() -> None:
     assert [shapes[3] for shapes in shards] == [(5, 3)] * 4  # the left side is cut along dimension 1
 
 
-@supports("exact", strategy="FSDP2", optimizer="DCTAdamW", variant='side="unsharded" under `Shard(0)`')
+@supports("exact", strategy="FSDP2", optimizer="DCTAdamW", variant='`side="unsharded"` under `Shard(0)`')
 def test_the_unsharded_side_under_shard_0_equals_one_process() -> None:
     expected, _ = one_process("dct_adamw_unsharded", torch.float64)
     for weights, _ in run_on_ranks(3, trajectory, "fsdp_rows", 3, "dct_adamw_unsharded", torch.float64):
@@ -244,7 +244,7 @@ def test_both_sides_under_both_shard_dimensions_equal_one_process(axis: int, sid
 @supports(
     "differs",
     strategy="FSDP2",
-    variant='side="unsharded" under `Shard(1)`',
+    variant='`side="unsharded"` under `Shard(1)`',
     reason="the axis that is not sharded is compressed, 0 there and 1 in one process: the numbers are those of "
     '`side="left"`',
 )
