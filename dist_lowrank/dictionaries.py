@@ -23,7 +23,7 @@ from dist_lowrank.fast_transforms import FAST_TRANSFORMS, FastTransform, faster_
 DICTIONARIES = ("dct2", "dct3", "hadamard", "random", "identity")
 TRANSFORMS = ("gemm", "fft", "auto")
 
-_BLOCK_ELEMENTS = 2**20  # of columns made from the formula at once
+BLOCK_ELEMENTS = 2**20  # of columns made from the formula at once
 
 
 def columns(
@@ -146,7 +146,7 @@ class Dictionary:
 
     Holds `D^T` (its rows are the candidates), so that taking r candidates copies r contiguous rows. With
     `materialize=False` it holds O(n) numbers instead: the transform is fast, and chosen columns are made from the
-    formula at each use, never more than half of the matrix or `_BLOCK_ELEMENTS` entries at once. The identity holds
+    formula at each use, never more than half of the matrix or `BLOCK_ELEMENTS` entries at once. The identity holds
     nothing.
 
     Args:
@@ -244,7 +244,7 @@ class Dictionary:
             assert self._atoms is not None
             yield slice(0, len(indices)), self._atoms.index_select(0, indices)
             return
-        width = max(1, min(_BLOCK_ELEMENTS // self.n, self.n // 2))
+        width = max(1, min(BLOCK_ELEMENTS // self.n, self.n // 2))
         for start in range(0, len(indices), width):
             part = slice(start, start + width)
             yield part, self._formula.atoms(indices[part])

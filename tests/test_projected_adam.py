@@ -144,7 +144,11 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any, dict[str, Any], Any]] = {
         ReferenceLDAdam,
         {
             **(SHARED | {"weight_decay": 0.0}),
-            "betas": (0.908, 0.99), "eps": 1e-8, "rho": 0.908, "square_left": True, "feedback": False,
+            "betas": (0.908, 0.99),
+            "eps": 1e-8,
+            "rho": 0.908,
+            "square_left": True,
+            "feedback": False,
         },
         "svd",
     ),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_on_ranks
+from support_matrix import supports
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -42,6 +43,11 @@ def _fsdp1(rank: int, make: Any, use_orig_params: bool) -> str:
     return message_of(updater, list(model.parameters()), LayoutError)
 
 
+@supports(
+    "refused",
+    strategy="FSDP1",
+    reason="no matrix can be told from its flattened parameters; use FSDP2, `torch.distributed.fsdp.fully_shard`",
+)
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @pytest.mark.parametrize("make", BOTH)
 def test_fsdp1_is_refused_and_fsdp2_named(make: Any, use_orig_params: bool) -> None:
@@ -62,6 +68,11 @@ def _strided(rank: int, make: Any) -> str:
     return message_of(updater, [parameter], LayoutError)
 
 
+@supports(
+    "refused",
+    strategy="strided shards",
+    reason="no rank holds a block of whole rows; `low_rank=False` updates such a parameter densely",
+)
 @pytest.mark.parametrize("make", BOTH)
 def test_strided_shards_are_refused_by_name(make: Any) -> None:
     for message in run_on_ranks(4, _strided, make):
@@ -80,6 +91,11 @@ def _two_dimensions(rank: int, make: Any) -> str:
     return message
 
 
+@supports(
+    "refused",
+    strategy="two sharded mesh dimensions",
+    reason="no rank holds whole rows of either axis; `low_rank=False` updates such a parameter densely",
+)
 @pytest.mark.parametrize("make", BOTH)
 def test_shards_over_two_mesh_dimensions_are_refused_by_name(make: Any) -> None:
     for message in run_on_ranks(4, _two_dimensions, make):
@@ -124,6 +140,12 @@ def _hooks(rank: int, make: Any, sharded: bool) -> str:
     return messages[0]
 
 
+@supports(
+    "refused",
+    strategy="layer-wise hooks",
+    reason="where ranks share parameters they need not come there in the same order; step after backward (one process "
+    "may step from hooks)",
+)
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicas", "dtensors"])
 @pytest.mark.parametrize("make", BOTH)
 def test_layer_wise_hooks_are_refused_where_ranks_share_parameters(make: Any, sharded: bool) -> None:

@@ -133,7 +133,7 @@ def test_columns_made_on_the_fly_project_and_lift_as_the_matrix_does(
     indices = torch.tensor(chosen)
     matrix, coefficients = normal(rows, n, dtype, seed=1), normal(rows, len(chosen), dtype, seed=2)
     D = columns(name, n)[:, indices]
-    with mock.patch.object(dictionaries, "_BLOCK_ELEMENTS", block):
+    with mock.patch.object(dictionaries, "BLOCK_ELEMENTS", block):
         free = Dictionary(name, n, dtype=dtype, device=CPU, transform="fft", materialize=False)
         assert_close(free.project(matrix, indices), matrix.double() @ D)
         for target in (

@@ -17,7 +17,7 @@ from processes import run_on_ranks
 from test_sharded_trajectories import Model, random_cuts, shard
 from torch import nn
 
-from dist_lowrank.optim import DCTAdamW, Trion
+from dist_lowrank.optim import Apollo, DCTAdamW, Fira, Frugal, GaLore, LDAdam, Trion
 from dist_lowrank.optim.rounding import CHUNK_ELEMENTS
 from dist_lowrank.optim.transient import held_bytes, scratch_bytes
 from dist_lowrank.sharding.exchanged import FlatSlice
@@ -52,6 +52,12 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any], torch.dtype]] = {
     "feedback int4, bf16 weights": (DCTAdamW, {"error_feedback": "int4"}, BF16),
     "moments int8": (DCTAdamW, {"moment_dtype": torch.int8}, torch.float32),
     "trion": (Trion, {}, torch.float32),
+    "galore": (GaLore, {"refresh_interval": 2}, torch.float32),
+    "fira": (Fira, {"refresh_interval": 2, "subspace": "randomized_svd"}, torch.float32),
+    "frugal": (Frugal, {"refresh_interval": 2, "subspace": "dct2"}, torch.float32),
+    "apollo": (Apollo, {"refresh_interval": 2}, torch.float32),
+    "apollo, bf16 weights": (Apollo, {"refresh_interval": 2}, BF16),
+    "ldadam": (LDAdam, {}, torch.float32),
     "fft": (DCTAdamW, {"transform": "fft", "materialize": False}, torch.float32),
     "fft, hadamard": (
         DCTAdamW,

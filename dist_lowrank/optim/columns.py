@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dist_lowrank.dictionaries import Dictionary, check_dictionary, check_transform
+from dist_lowrank.dictionaries import BLOCK_ELEMENTS, Dictionary, check_dictionary, check_transform
 from dist_lowrank.optim.options import check_choice
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.optim.subspace import Choice, Place
@@ -39,9 +39,8 @@ class DictionaryColumns:
     def structure(self) -> tuple[object, ...]:
         return (self.dictionary,)
 
-    @property
-    def made_at_use(self) -> bool:
-        return not self.materialize
+    def scratch_elements(self, form: TallForm) -> int:
+        return 0 if self.materialize else 8 * min(form.rank * form.n, BLOCK_ELEMENTS)  # 64-bit integers and the entry
 
     def check(self, form: TallForm) -> None:
         check_dictionary(self.dictionary, form.n)

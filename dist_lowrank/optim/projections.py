@@ -29,6 +29,7 @@ from dist_lowrank.sharding.layouts import TallForm
 from dist_lowrank.sharding.rule import Rule
 
 OVERSAMPLING = 8  # columns beyond r in the randomized range finder (Halko, Martinsson and Tropp, arXiv 0909.4061)
+_DRAWN_ELEMENTS = 16  # per normal number: two hashes of 64-bit positions, float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,6 @@ class _Stored:
     """What the projections that are kept in the state have in common."""
 
     uses_momentum: ClassVar[bool] = False
-    made_at_use: ClassVar[bool] = False
 
     @property
     def structure(self) -> tuple[object, ...]:
@@ -126,6 +126,9 @@ class Svd(_Stored):
     def statistics(self, form: TallForm) -> list[int]:
         return [form.n**2]
 
+    def scratch_elements(self, form: TallForm) -> int:
+        return 14 * form.n**2  # matrix, vectors, their copies and LAPACK's workspace, in float64
+
     def choose(
         self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None
     ) -> Rule[Choice]:
@@ -151,6 +154,9 @@ class RandomizedSvd(_Stored):
     def statistics(self, form: TallForm) -> list[int]:
         width = min(form.n, form.rank + OVERSAMPLING)
         return [form.n * width] * self.power_iterations + [width**2 + 1]
+
+    def scratch_elements(self, form: TallForm) -> int:
+        return _DRAWN_ELEMENTS * form.n * min(form.n, form.rank + OVERSAMPLING)
 
     def choose(
         self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None
@@ -186,6 +192,9 @@ class PowerIteration(_Stored):
     def statistics(self, form: TallForm) -> list[int]:
         return [form.n * form.rank]
 
+    def scratch_elements(self, form: TallForm) -> int:
+        return Svd().scratch_elements(form)  # the first time
+
     def choose(
         self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None
     ) -> Rule[Choice]:
@@ -210,7 +219,6 @@ class RandomProjection:
     kind: str = "gaussian"
 
     uses_momentum: ClassVar[bool] = False
-    made_at_use: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, ("gaussian", "orthonormal", "coordinates"))
@@ -227,6 +235,9 @@ class RandomProjection:
 
     def statistics(self, form: TallForm) -> list[int]:
         return []
+
+    def scratch_elements(self, form: TallForm) -> int:
+        return _DRAWN_ELEMENTS * form.n * form.rank
 
     def coordinates(self, rows: Tensor, place: Place) -> Tensor:
         return rows
@@ -266,6 +277,9 @@ class SvdThenRandom(_Stored):
 
     def statistics(self, form: TallForm) -> list[int]:
         return Svd().statistics(form)
+
+    def scratch_elements(self, form: TallForm) -> int:
+        return Svd().scratch_elements(form)
 
     def choose(
         self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None

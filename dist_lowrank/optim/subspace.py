@@ -86,9 +86,8 @@ class Subspace(Protocol):
     def structure(self) -> tuple[object, ...]:
         """The options that give stored state its meaning."""
 
-    @property
-    def made_at_use(self) -> bool:
-        """Whether the basis is made anew at each use, instead of being kept somewhere."""
+    def scratch_elements(self, form: TallForm) -> int:
+        """What choosing or making the basis needs beside coordinates and statistics, in elements of four bytes."""
 
     def check(self, form: TallForm) -> None:
         """Raises ValueError for a matrix that has no such subspace."""

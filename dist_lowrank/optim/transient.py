@@ -14,7 +14,6 @@ from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.rounding import CHUNK_ELEMENTS
 
 _NOISE_BYTES = 48  # per element that is rounded at random, of which CHUNK_ELEMENTS at once: 64-bit hashes of positions
-_FORMULA_BYTES = 32  # per entry of a basis that is made from a formula at each use, of which 2^20 at once
 
 
 def held_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
@@ -54,6 +53,5 @@ def scratch_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
     at_random = any(spec.cause == "moments" and spec.dtype.itemsize == 1 for spec in state)
     rounded = part if narrow and recipe.weight_rounding == "stochastic" else coefficients if at_random else 0
     chunks = _NOISE_BYTES * min(rounded, CHUNK_ELEMENTS)
-    if recipe.subspace.made_at_use:
-        chunks += _FORMULA_BYTES * min(form.rank * form.n, CHUNK_ELEMENTS)
+    chunks += 4 * recipe.subspace.scratch_elements(form)
     return elements * matrix.dtype.itemsize + chunks
