@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dist_lowrank.dictionaries import DictionaryCache
 from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, LDAdam
+from dist_lowrank.optim.projected_adam import ProjectedAdam
 from dist_lowrank.optim.projections import RandomProjection, gaussian
 from dist_lowrank.optim.rounding import RandomBits
 from dist_lowrank.optim.subspace import Place
@@ -83,7 +84,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any, dict[str, Any], Any]] = {
     "fira": (Fira, GALORE, ReferenceFira, {**GALORE, "alpha": 0.25, "corrected_eps": False, "inside": 0.0}, "svd"),
     "fira_code": (
         Fira,
-        {**GALORE, "residual": "code"},
+        {**GALORE, "residual_inside": 0.75},
         ReferenceFira,
         {**GALORE, "alpha": 0.25, "corrected_eps": False, "inside": 0.75},
         "svd",
@@ -276,3 +277,36 @@ def test_a_randomized_svd_finds_the_subspace_of_a_gradient_of_low_rank() -> None
         results.append(updater.state[weight]["projection"])
         assert next(iter(updater.captured_energy().values())) == pytest.approx(1.0)
     torch.testing.assert_close(results[0] @ results[0].T, results[1] @ results[1].T)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"subspace": "pca"}, "subspace: 'pca' is not allowed; allowed: svd, randomized_svd, power"),
+        ({"residual": "halve"}, "residual: 'halve' is not allowed; allowed: none, error_feedback"),
+        ({"transition": "jump"}, "transition: 'jump' is not allowed; allowed: move, reset, keep, move_variance"),
+        ({"subspce": "svd"}, "option: 'subspce' is not allowed; allowed: lr, betas"),
+        ({"bias_correction": "choice"}, "bias_correction: 'choice' is not allowed; allowed: 'step' with"),
+        ({"return_momentum": True}, "error_feedback_momentum: True is not allowed"),
+        ({"subspace": "svd_then_stiefel"}, "switch_step: None is not allowed; allowed: an integer >= 1"),
+        ({"residual": "sign", "residual_scale": -1.0}, "residual_scale: -1.0 is not allowed"),
+    ],
+)
+def test_parts_that_make_no_sense_are_refused_with_what_is_allowed(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GaLore([nn.Parameter(torch.ones(4, 4))], **options)
+
+
+def test_any_combination_of_parts_trains() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(12, 8, generator=generator)
+    for subspace in ("svd", "randomized_svd", "power", "gaussian", "stiefel", "coordinates", "dct2"):
+        for residual in ("none", "error_feedback_int8", "sign", "norm_scaled", "gradient_scaled"):
+            for transition in ("keep", "move", "reset", "move_variance"):
+                weight = nn.Parameter(torch.zeros(12, 8))
+                parts = {"subspace": subspace, "residual": residual, "transition": transition}
+                updater = ProjectedAdam([weight], lr=0.05, rank=3, refresh_interval=4, residual_scale=0.5, **parts)
+                for _ in range(30):
+                    weight.grad = weight.detach() - target
+                    updater.step()
+                assert (weight.detach() - target).norm() < target.norm(), parts

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from dist_lowrank.optim.projected_adam import ProjectedAdam
-from dist_lowrank.optim.residuals import GradientScaled, Residual
 
 
 class Apollo(ProjectedAdam):
@@ -40,8 +39,6 @@ class Apollo(ProjectedAdam):
         limit: float = 1.01,
         **options: Any,
     ) -> None:
-        own = {"corrected_eps": False, "per": per, "scale": scale, "limit": limit}
-        super().__init__(params, lr=lr, betas=betas, eps=eps, subspace=subspace, **(own | options))
-
-    def residual(self, group: dict[str, Any]) -> Residual:
-        return GradientScaled(group["limit"], group["per"], group["scale"])
+        own = {"corrected_eps": False, "subspace": subspace, "residual": "gradient_scaled"}
+        own |= {"residual_per": per, "residual_scale": scale, "residual_limit": limit}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, **(own | options))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dist_lowrank.optim.options import check_choice
 from dist_lowrank.optim.projected_adam import ProjectedAdam
-from dist_lowrank.optim.residuals import NormScaled, Residual
 
 
 class Fira(ProjectedAdam):
@@ -26,9 +24,8 @@ class Fira(ProjectedAdam):
     | state per matrix | 2 L r moments, n r projection, 1 norm |
 
     Args:
-        residual: `paper`: what is outside the subspace; `code`: also `1 - alpha` of what is inside, as the published
-            code computes it.
-        limit: how much the norm of S may grow in a step, 1.01; 0: without limit.
+        residual_inside: part of what is inside the subspace that S keeps: 0 in the paper, `1 - alpha` in its code.
+        residual_limit: how much the norm of S may grow in a step; 0: without limit.
         corrected_eps: False by default: phi is made of the uncorrected direction, in the paper as in the code.
     """
 
@@ -40,13 +37,10 @@ class Fira(ProjectedAdam):
         eps: float = 1e-6,
         *,
         alpha: float = 0.25,
-        residual: str = "paper",
-        limit: float = 1.01,
+        residual_inside: float = 0.0,
+        residual_limit: float = 1.01,
         **options: Any,
     ) -> None:
-        options = {"corrected_eps": False} | options
-        super().__init__(params, lr=lr, betas=betas, eps=eps, alpha=alpha, residual=residual, limit=limit, **options)
-
-    def residual(self, group: dict[str, Any]) -> Residual:
-        check_choice("residual", group["residual"], ("paper", "code"))
-        return NormScaled(group["limit"], 0.0 if group["residual"] == "paper" else 1 - group["alpha"])
+        own = {"residual": "norm_scaled", "residual_inside": residual_inside, "residual_limit": residual_limit}
+        own |= {"corrected_eps": False, "alpha": alpha}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, **(own | options))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from dist_lowrank.optim.projected_adam import ProjectedAdam
-from dist_lowrank.optim.residuals import Residual, Sign
 
 
 class Frugal(ProjectedAdam):
@@ -35,8 +34,6 @@ class Frugal(ProjectedAdam):
         residual_scale: float = 1.0,
         **options: Any,
     ) -> None:
-        own = {"transition": "reset", "bias_correction": "choice", "residual_scale": residual_scale}
-        super().__init__(params, lr=lr, betas=betas, eps=eps, subspace=subspace, **(own | options))
-
-    def residual(self, group: dict[str, Any]) -> Residual:
-        return Sign(group["residual_scale"])
+        own: dict[str, Any] = {"transition": "reset", "bias_correction": "choice", "subspace": subspace}
+        own |= {"residual": "sign", "residual_scale": residual_scale}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, **(own | options))

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dist_lowrank.optim.options import check_count
 from dist_lowrank.optim.projected_adam import ProjectedAdam
-from dist_lowrank.optim.projections import SvdThenRandom
-from dist_lowrank.optim.subspace import Subspace
 
 
 class GaLore(ProjectedAdam):
@@ -60,8 +57,5 @@ class GoLore(ProjectedAdam):
         alpha: float = 0.25,
         **options: Any,
     ) -> None:
-        check_count("switch_step", switch_step)
-        super().__init__(params, lr=lr, betas=betas, eps=eps, alpha=alpha, switch_step=switch_step, **options)
-
-    def subspace(self, group: dict[str, Any]) -> Subspace:
-        return SvdThenRandom(group["switch_step"])
+        own = {"subspace": "svd_then_stiefel", "switch_step": switch_step, "alpha": alpha}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, **(own | options))

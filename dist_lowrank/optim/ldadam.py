@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from dist_lowrank.optim.projected_adam import ProjectedAdam
-from dist_lowrank.optim.projections import PowerIteration
-from dist_lowrank.optim.residuals import Accumulate, Drop, Residual
-from dist_lowrank.optim.subspace import Subspace
 
 
 class LDAdam(ProjectedAdam):
@@ -39,12 +36,7 @@ class LDAdam(ProjectedAdam):
         error_feedback: bool = True,
         **options: Any,
     ) -> None:
-        own = {"refresh_interval": 1, "transition": "move_variance", "side": "shorter_left", "rho": rho}
-        own |= {"subspace": subspace, "error_feedback": error_feedback}
+        own: dict[str, Any] = {"refresh_interval": 1, "transition": "move_variance", "side": "shorter_left"}
+        own |= {"subspace": subspace, "rho": rho, "return_momentum": error_feedback}
+        own["residual"] = "error_feedback" if error_feedback else "none"
         super().__init__(params, lr=lr, betas=betas, eps=eps, **(own | options))
-
-    def subspace(self, group: dict[str, Any]) -> Subspace:
-        return PowerIteration(group["rho"]) if group["subspace"] == "power" else super().subspace(group)
-
-    def residual(self, group: dict[str, Any]) -> Residual:
-        return Accumulate("error_feedback", "error_feedback") if group["error_feedback"] else Drop()

@@ -1,11 +1,11 @@
-"""Adam on the coefficients of a subspace: what GaLore, Fira, FRUGAL, APOLLO, LDAdam and GoLore have in common.
+"""Adam on the coefficients of a subspace, from four named parts: subspace, moments, residual, transition.
 
-Each of them is a subclass that names its parts: the subspace by default, what happens to the rest, and the defaults
-that its authors published.
+What GaLore, GoLore, Fira, FRUGAL, APOLLO and LDAdam have in common; each of them is a preset in a file of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,93 +15,136 @@ from dist_lowrank.optim.columns import DictionaryColumns
 from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.moments import Adam
-from dist_lowrank.optim.options import check_choice
-from dist_lowrank.optim.projections import PowerIteration, RandomizedSvd, RandomProjection, Svd
+from dist_lowrank.optim.options import check_choice, refuse
+from dist_lowrank.optim.projections import PowerIteration, RandomizedSvd, RandomProjection, Svd, SvdThenRandom
 from dist_lowrank.optim.recipe import Recipe
-from dist_lowrank.optim.residuals import Drop, Residual
+from dist_lowrank.optim.residuals import Accumulate, Drop, GradientScaled, NormScaled, Residual, Sign
+from dist_lowrank.optim.storage import Floats, Levels, Storage
 from dist_lowrank.optim.subspace import Subspace
 
-PROJECTIONS: dict[str, Subspace] = {
-    "svd": Svd(),
-    "randomized_svd": RandomizedSvd(),
-    "power": PowerIteration(),
-    "gaussian": RandomProjection("gaussian"),
-    "stiefel": RandomProjection("orthonormal"),
-    "coordinates": RandomProjection("coordinates"),
-}
+PROJECTIONS = ("svd", "randomized_svd", "power", "svd_then_stiefel", "gaussian", "stiefel", "coordinates")
 SUBSPACES = (*PROJECTIONS, *DICTIONARIES)
+ERROR_FEEDBACKS: Mapping[str, Storage] = {
+    "error_feedback": Floats(),
+    "error_feedback_bf16": Floats(torch.bfloat16),
+    "error_feedback_int8": Levels(8),
+    "error_feedback_int4": Levels(4),
+}
+RESIDUALS = ("none", *ERROR_FEEDBACKS, "sign", "norm_scaled", "gradient_scaled")
+DEFAULTS: dict[str, Any] = {
+    "lr": 0.01,
+    "betas": (0.9, 0.999),
+    "eps": 1e-6,
+    "weight_decay": 0.0,
+    "rank": 0.25,
+    "alpha": 1.0,
+    "side": "shorter",
+    "subspace": "svd",
+    "refresh_interval": 200,
+    "switch_step": None,
+    "rho": 0.908,
+    "ranking": "l2",
+    "transform": "gemm",
+    "materialize": True,
+    "transition": "keep",
+    "bias_correction": "step",
+    "corrected_eps": True,
+    "moment_dtype": None,
+    "residual": "none",
+    "residual_scale": 1.0,
+    "residual_inside": 0.0,
+    "residual_per": "channel",
+    "residual_limit": 1.01,
+    "return_momentum": False,
+    "decay_last": False,
+    "weight_rounding": "nearest",
+    "seed": 0,
+}
 # Of the engine, not of a parameter group.
-_ENGINE_OPTIONS = ("process_group", "workspace_bytes", "verify_every", "agree_on_gradients")
+ENGINE_OPTIONS = ("process_group", "workspace_bytes", "verify_every", "agree_on_gradients")
 
 
 class ProjectedAdam(LowRankOptimizer):
-    """Adam in a subspace; see the subclasses.
-
-    What all of them take, beside their own options and those of `LowRankOptimizer`:
+    """Adam in a subspace, put together from named parts; GaLore and its relatives are its presets.
 
     Args:
         lr, betas, eps, weight_decay: as AdamW's, of matrices and of the dense path.
         rank: number of directions (int) or fraction of n (float).
+        alpha: factor of the lifted direction, but not of what the residual adds.
+        side: as `DCTAdamW`'s; `shorter_left` sends square matrices left.
+        subspace: `svd`; `randomized_svd`; `power`, one power iteration from the subspace before, on `rho` of momentum
+            and `1 - rho` of gradient; `gaussian`, `stiefel`, `coordinates`, drawn at random; `svd_then_stiefel`, drawn
+            from `switch_step` on; or the columns of most energy of a dictionary, `dct2`, `dct3`, `hadamard`, `random`,
+            `identity` (with `ranking`, `transform`, `materialize` as `DCTAdamW`'s).
         refresh_interval: T; directions are chosen at steps 1, T + 1, 2 T + 1, ...
-        subspace: `svd`; `randomized_svd`; `power`, one power iteration from the subspace before; `gaussian`, `stiefel`,
-            `coordinates`, drawn at random; or the columns of most energy of a dictionary, `dct2`, `dct3`, `hadamard`,
-            `random`, `identity`.
         transition: of the moments when the directions change: `keep`, `move`, `reset`, `move_variance`.
-        side: as `DCTAdamW`'s; `shorter` is the published choice.
+        bias_correction: by the `step`, or by the age of each direction, `choice`.
         corrected_eps: add eps to the bias-corrected root of the second moment, as torch's AdamW; False: to the root
             before it is corrected, as Hugging Face's.
+        residual: what happens to the rest: `none`; `error_feedback`, kept and added to the next gradient (also
+            `_bf16`, `_int8`, `_int4`); `sign`, `residual_scale` times its sign is added to the update; `norm_scaled`,
+            added row by row, scaled as Adam scales the coefficients, with `residual_inside` of what is inside the
+            subspace; `gradient_scaled`, the gradient itself so scaled in place of the direction, by `residual_per`
+            `channel` or `tensor`, times the root of `residual_scale`.
+        residual_limit: how much the norm of a scaled residual may grow in a step; 0: without limit.
+        return_momentum: what of the momentum the new directions lack goes to the error feedback.
         decay_last: decay the updated weights; False: the weights before the update, as torch's AdamW.
-        moment_dtype, weight_rounding, seed, ranking, transform, materialize: as `DCTAdamW`'s.
+        moment_dtype, weight_rounding, seed: as `DCTAdamW`'s.
+        process_group, workspace_bytes, verify_every, agree_on_gradients: as `DCTAdamW`'s.
 
     Raises:
         ValueError: for an option that is not allowed, naming it, its value and what is.
     """
 
     def __init__(self, params: Any, **options: Any) -> None:
-        defaults: dict[str, Any] = {
-            "weight_decay": 0.0,
-            "rank": 0.25,
-            "refresh_interval": 200,
-            "subspace": "svd",
-            "transition": "keep",
-            "side": "shorter",
-            "alpha": 1.0,
-            "corrected_eps": True,
-            "decay_last": False,
-            "bias_correction": "step",
-            "moment_dtype": None,
-            "weight_rounding": "nearest",
-            "seed": 0,
-            "ranking": "l2",
-            "transform": "gemm",
-            "materialize": True,
-        }
-        engine = {name: options.pop(name) for name in _ENGINE_OPTIONS if name in options}
-        super().__init__(params, defaults | options, **engine)
-
-    def subspace(self, group: dict[str, Any]) -> Subspace:
-        name = group["subspace"]
-        check_choice("subspace", name, SUBSPACES)
-        if name in PROJECTIONS:
-            return PROJECTIONS[name]
-        return DictionaryColumns(name, group["ranking"], group["transform"], group["materialize"], group["seed"])
-
-    def residual(self, group: dict[str, Any]) -> Residual:
-        return Drop()
+        engine = {name: options.pop(name) for name in ENGINE_OPTIONS if name in options}
+        for name in options:
+            check_choice("option", name, tuple(DEFAULTS))
+        super().__init__(params, DEFAULTS | options, **engine)
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         check_choice("moment_dtype", group["moment_dtype"], (None, torch.float32, torch.bfloat16, torch.int8))
-        shared = ("lr", "weight_decay", "rank", "side", "seed", "weight_rounding", "refresh_interval", "transition")
+        check_choice("bias_correction", group["bias_correction"], ("step", "choice"))
         by_age = group["bias_correction"] == "choice"
+        if by_age and group["transition"] != "reset" and group["subspace"] in PROJECTIONS:
+            # Directions of a projection turn into each other, so that none has an age.
+            raise refuse("bias_correction", "choice", f"'step' with subspace={group['subspace']!r}, or 'reset'")
+        same = ("lr", "weight_decay", "rank", "side", "seed", "weight_rounding", "refresh_interval", "transition")
         return Recipe(
-            **{key: group[key] for key in (*shared, "alpha", "decay_last")},
+            **{key: group[key] for key in (*same, "alpha", "decay_last", "return_momentum")},
             refresh_after_first=True,
-            subspace=self.subspace(group),
+            subspace=_subspace(group),
             moments=Adam(group["betas"], group["eps"], by_age, group["moment_dtype"], group["corrected_eps"]),
-            residual=self.residual(group),
-            return_momentum=group.get("error_feedback", False),
+            residual=_residual(group),
         )
 
     def dense_options(self, group: dict[str, Any]) -> DenseOptions:
         keys = ("lr", "betas", "eps", "weight_decay", "weight_rounding", "seed")
         return DenseOptions(**{key: group[key] for key in keys})
+
+
+def _subspace(group: Mapping[str, Any]) -> Subspace:
+    name = group["subspace"]
+    check_choice("subspace", name, SUBSPACES)
+    if name in DICTIONARIES:
+        return DictionaryColumns(name, group["ranking"], group["transform"], group["materialize"], group["seed"])
+    if name == "svd_then_stiefel":
+        return SvdThenRandom(group["switch_step"])
+    if name == "power":
+        return PowerIteration(group["rho"])
+    kinds = {"gaussian": "gaussian", "stiefel": "orthonormal", "coordinates": "coordinates"}
+    return RandomProjection(kinds[name]) if name in kinds else Svd() if name == "svd" else RandomizedSvd()
+
+
+def _residual(group: Mapping[str, Any]) -> Residual:
+    name = group["residual"]
+    check_choice("residual", name, RESIDUALS)
+    if name in ERROR_FEEDBACKS:
+        return Accumulate("error_feedback", "error_feedback", storage=ERROR_FEEDBACKS[name])
+    if name == "sign":
+        return Sign(group["residual_scale"])
+    if name == "norm_scaled":
+        return NormScaled(group["residual_limit"], group["residual_inside"])
+    if name == "gradient_scaled":
+        return GradientScaled(group["residual_limit"], group["residual_per"], group["residual_scale"])
+    return Drop()

@@ -163,7 +163,7 @@ class _Limited(Drop):
     full_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_number("limit", self.limit)
+        check_number("residual_limit", self.limit)
 
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
         return {"residual_norm": StateTensor(1, dtype, "other_state", sharded=False)} if self.limit else {}
@@ -223,9 +223,9 @@ class GradientScaled(_Limited):
     lifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_number("limit", self.limit)
-        check_choice("per", self.per, ("channel", "tensor"))
-        check_number("scale", self.scale)
+        check_number("residual_limit", self.limit)
+        check_choice("residual_per", self.per, ("channel", "tensor"))
+        check_number("residual_scale", self.scale)
 
     def statistics(self, form: TallForm) -> list[int]:
         return [3] if self.per == "tensor" else [1] if self.limit else []
