@@ -34,6 +34,9 @@ Dictionary = Literal["dct2", "dct3", "hadamard", "random", "identity"]
 Transform = Literal["gemm", "fft", "auto"]
 Ranking = Literal["l2", "l1"]
 Side = Literal["shorter", "longer", "right", "left", "unsharded"]
+Projection = Literal["svd", "randomized_svd", "power", "svd_then_stiefel", "gaussian", "stiefel", "coordinates"]
+ErrorFeedback = Literal["error_feedback", "error_feedback_bf16", "error_feedback_int8", "error_feedback_int4"]
+AddedRows = Literal["sign", "norm_scaled", "gradient_scaled"]
 WeightRounding = Literal["nearest", "stochastic"]  # of bf16 weights
 
 
@@ -164,6 +167,42 @@ class TrionConfig:
 
 
 @dataclass(frozen=True, config=_CONFIG)
+class ProjectedConfig:
+    """GaLore and its relatives: Adam in a subspace, from parts (`dist_lowrank.optim.projected_adam`).
+
+    `conf/optimizer/{subspace,moments,residual,transition}` hold the parts; the presets name four of them.
+    """
+
+    name: Literal["galore", "galore2", "golore", "fira", "frugal", "apollo", "apollo_mini", "ldadam"]
+    lr: PositiveFloat = 0.01
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-6
+    weight_decay: NonNegativeFloat = 0.0
+    rank: Rank = 0.25
+    alpha: PositiveFloat = 1.0
+    side: Literal["shorter", "shorter_left", "longer", "right", "left", "unsharded"] = "shorter"
+    subspace: Literal[Projection, Dictionary] = "svd"
+    refresh_interval: PositiveInt = 200
+    switch_step: PositiveInt | None = None  # null: after 80 % of the steps
+    rho: Annotated[float, Field(ge=0, le=1)] = 0.908
+    ranking: Ranking = "l2"
+    transform: Transform = "gemm"
+    materialize: bool = True
+    transition: Literal["keep", "move", "reset", "move_variance"] = "keep"
+    bias_correction: Literal["step", "choice"] = "step"
+    corrected_eps: bool = True
+    moment_dtype: Literal["fp32", "bf16", "int8"] | None = None
+    residual: Literal["none", ErrorFeedback, AddedRows] = "none"
+    residual_scale: NonNegativeFloat = 1.0
+    residual_inside: Annotated[float, Field(ge=0, le=1)] = 0.0
+    residual_per: Literal["channel", "tensor"] = "channel"
+    residual_limit: NonNegativeFloat = 1.01
+    return_momentum: bool = False
+    decay_last: bool = False
+    weight_rounding: WeightRounding = "nearest"
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class AdamWConfig:
     """The full-rank baseline, torch.optim.AdamW."""
 
@@ -241,7 +280,7 @@ class RunConfig:
 
     model: ModelConfig
     data: Annotated[CorpusData | TextData | HubData, Field(discriminator="source")]
-    optimizer: Annotated[DCTAdamWConfig | TrionConfig | AdamWConfig, Field(discriminator="name")]
+    optimizer: Annotated[DCTAdamWConfig | TrionConfig | ProjectedConfig | AdamWConfig, Field(discriminator="name")]
     strategy: StrategyConfig
     precision: PrecisionConfig
     schedule: ScheduleConfig
