@@ -11,7 +11,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 import deepspeed.runtime.zero.muon.muon_optimizer
-import deepspeed.runtime.zero.stage3  # imported before the fork, so that the ranks need not  # noqa: F401
+import deepspeed.runtime.zero.stage3  # imported before the fork, so that the ranks need not
 import torch
 import torch.distributed as dist
 from references import initial_weight, prescribed_gradients
@@ -89,10 +89,15 @@ def make_optimizer(kind: str, groups: Any, **options: Any) -> Any:
     return make(groups, **defaults | options)
 
 
-def start(config: dict[str, Any], kind: str = "dct_adamw", model: nn.Module | None = None, groups: Any = None) -> Any:
-    """An engine, not yet bound."""
+def set_environment() -> None:
+    """What torchrun would tell DeepSpeed."""
     rank = str(dist.get_rank())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(dist.get_world_size()))
+
+
+def start(config: dict[str, Any], kind: str = "dct_adamw", model: nn.Module | None = None, groups: Any = None) -> Any:
+    """An engine, not yet bound."""
+    set_environment()
     model = model or Model()
     optimizer = make_optimizer(kind, groups(model) if groups else param_groups(model))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

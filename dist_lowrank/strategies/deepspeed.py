@@ -8,9 +8,9 @@ Importing this module switches off the operator that DeepSpeed compiles on a CPU
 minutes and serves inference alone.
 
 What is read of DeepSpeed, here alone, are private attributes, as they are in 0.19.8. Nothing is believed: offsets come
-from where the model's weights lie in DeepSpeed's buffers, every element of this rank's part has to be claimed once, and
-what the flat tensors hold has to equal the model's weights. What differs, is not covered or is not known is refused, on
-every rank.
+from where the model's weights lie in DeepSpeed's buffers, which has to be the order of their gradients; every element
+of this rank's part has to be claimed once; and what the flat tensors hold has to equal the model's weights. What
+differs, is not covered or is not known is refused, on every rank.
 """
 
 from __future__ import annotations
@@ -189,9 +189,9 @@ def _raise_together(problem: str | None, group: dist.ProcessGroup) -> None:
 
 
 def _read_stages_1_and_2(wrapper: Any, optimizer: LowRankOptimizer) -> list[FlatTensor]:
-    return _read_buffers(
-        wrapper, optimizer, wrapper.bit16_groups, wrapper.bit16_groups_flat, wrapper.single_partition_of_fp32_groups
-    )
+    weights = wrapper.round_robin_bit16_groups  # in the order of gradients, also without round robin
+    masters = wrapper.single_partition_of_fp32_groups
+    return _read_buffers(wrapper, optimizer, weights, wrapper.bit16_groups_flat, masters)
 
 
 def _read_bf16_optimizer(wrapper: Any, optimizer: LowRankOptimizer) -> list[FlatTensor]:

@@ -51,6 +51,7 @@ def read_buffer(
     """Parameters that are views of a buffer, which is cut in equal parts.
 
     Args:
+        parameters: in the order in which their gradients are reduced.
         buffer: (elements,), the same on all ranks.
         master: a copy of this rank's part, in another precision.
         largest_gap, largest_end: elements of padding that there can be between parameters, and behind the last.
@@ -64,22 +65,20 @@ def read_buffer(
         raise LayoutError(
             f"a part of {master.numel()} elements of a buffer of {buffer.numel()} over {world_size} ranks"
         )
-    found = []
-    for name, parameter in parameters:
-        offset_bytes = parameter.data_ptr() - buffer.data_ptr() if parameter.numel() else 0
-        begin, rest = divmod(offset_bytes, buffer.element_size())
-        if rest or begin < 0 or begin + parameter.numel() > buffer.numel() or not parameter.is_contiguous():
-            raise LayoutError(f"the weight of parameter {name!r} does not lie in the buffer of its group")
-        found.append((begin, name, parameter))
-    found.sort(key=lambda each: each[0])
     runs, edges = [], [0]
-    for begin, name, parameter in found:
-        shape = tuple(parameter.shape)
-        cuts = [min(max(k * length - begin, 0), parameter.numel()) for k in range(world_size + 1)]
+    for name, parameter in parameters:
+        shape, elements = tuple(parameter.shape), parameter.numel()
+        offset_bytes = parameter.data_ptr() - buffer.data_ptr()
+        begin, rest = divmod(offset_bytes, buffer.element_size()) if elements else (edges[-1], 0)
+        if rest or begin < edges[-1] or begin + elements > buffer.numel() or not parameter.is_contiguous():
+            raise LayoutError(
+                f"the weight of parameter {name!r} does not lie in the buffer of its group, behind those before it"
+            )
+        cuts = [min(max(k * length - begin, 0), elements) for k in range(world_size + 1)]
         slices = tuple(FlatSlice(shape, cuts[k], cuts[k + 1]) for k in range(world_size))
         part = FlatPart(name, min(max(begin - rank * length, 0), length), slices)
         runs.append(Run(part, slices[rank], at_hand(parameter)))
-        edges += [begin, begin + parameter.numel()]
+        edges += [begin, begin + elements]
     edges.append(buffer.numel())
     gaps = list(zip(edges[::2], edges[1::2], strict=True))
     allowed = [largest_gap] * (len(gaps) - 1) + [largest_end]
