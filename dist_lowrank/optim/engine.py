@@ -399,17 +399,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def memory_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds, by cause; the causes are disjoint and their sum is all of the state."""
         totals = dict.fromkeys(("moments", "dense_moments", "indices", "error_feedback", "other_state"), 0)
-        for group, members in zip(self.param_groups, self.bind(), strict=True):
-            recipe = self.recipe(group)
-            for bound in members:
-                causes: dict[str, str] = {}
-                for matrix in bound.matrices:
-                    specs = recipe.state(matrix.layout.form, matrix.dtype)
-                    causes |= {matrix.piece.prefix + key: spec.cause for key, spec in specs.items()}
-                for dense in bound.dense:
-                    causes |= {dense.piece.prefix + key: "dense_moments" for key in ("exp_avg", "exp_avg_sq")}
-                for key, tensor in self._state[bound.parameter].items():
-                    totals[causes.get(key, "other_state")] += local(tensor).untyped_storage().nbytes()
+        held = {bound.parameter: bound for members in self.bind() for bound in members}
+        held |= {p: self._bound[p] for p in self._flat if p in self._bound}  # DeepSpeed empties groups between steps
+        for bound in held.values():
+            causes: dict[str, str] = {}
+            for matrix in bound.matrices:
+                causes |= {matrix.piece.prefix + key: cause for key, cause in matrix.causes.items()}
+            for dense in bound.dense:
+                causes |= {dense.piece.prefix + key: "dense_moments" for key in ("exp_avg", "exp_avg_sq")}
+            for key, tensor in self._state[bound.parameter].items():
+                totals[causes.get(key, "other_state")] += local(tensor).untyped_storage().nbytes()
         return {**totals, "dictionary": self._dictionaries.storage_bytes}
 
     def captured_energy(self) -> dict[str, float]:

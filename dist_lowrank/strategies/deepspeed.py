@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -31,6 +32,7 @@ from dist_lowrank.sharding.exchanged import FlatSlice
 from dist_lowrank.sharding.layouts import LayoutError
 from dist_lowrank.sharding.pieces import FlatPart
 from dist_lowrank.strategies.flat_claims import FlatTensor, Run, check_claims, check_weights, read_buffer
+from dist_lowrank.telemetry.memory import bytes_by_cause
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -58,6 +60,38 @@ def bind(engine: Any) -> None:
     else:
         _bind_flat(engine, optimizer)
     optimizer.agree_on_gradients = False
+
+
+def memory_by_cause(engine: Any) -> dict[str, int]:
+    """Bytes that this rank holds now, by cause, as `dist_lowrank.telemetry.memory` counts; with `master_weights`.
+
+    Of gradients, those that are kept between backward and step, summed or not, without DeepSpeed's buckets.
+    """
+    wrapper = engine.optimizer
+    weights = list(engine.module.parameters())
+    lists = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
+    masters = [tensor for name in lists for tensor in getattr(wrapper, name, ())]
+    masters += [tensor for group in getattr(wrapper, "fp32_groups", ()) for tensor in group]
+    gradients = [tensor.grad for tensor in (*weights, *masters) if tensor.grad is not None]
+    gradients += [each for each in (getattr(weight, "grad_accum", None) for weight in weights) if each is not None]
+    gradients += getattr(wrapper, "fp32_groups_gradients_flat", ())  # BF16_Optimizer
+    kept = getattr(wrapper, "grad_partitions_flat_buffer", None)  # stage 3
+    gradients += [kept] if kept is not None else []
+    averaged = getattr(wrapper, "averaged_gradients", {})
+    gradients += [each for parts in averaged.values() for each in parts or () if isinstance(each, Tensor)]
+    parameters = [*weights, *(weight.ds_tensor for weight in weights if hasattr(weight, "ds_tensor"))]
+    by_cause = {"parameters": parameters, "master_weights": masters, "gradients": gradients}
+    return bytes_by_cause(by_cause, engine.basic_optimizer)
+
+
+def whole_weights(engine: Any) -> dict[str, Tensor]:
+    """The model's state dict on the CPU, of which rank 0 gets all; one weight is gathered at a time. Collective."""
+    found = {}
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        with _whole(tensor) as whole:
+            if dist.get_rank() == 0:
+                found[name] = whole.cpu().clone()
+    return found
 
 
 def _client(engine: Any) -> LowRankOptimizer:
@@ -158,6 +192,12 @@ def _bind_flat(engine: Any, optimizer: LowRankOptimizer) -> None:
     _raise_together(problem, group)
     for flat in flat_tensors:
         optimizer.declare_flat_parts({flat.tensor: [run.part for run in flat.runs]}, flat.group)
+    stage_3 = type(engine.optimizer).__name__ == "DeepSpeedZeroOptimizer_Stage3"
+    if stage_3:  # which empties the groups but for its steps
+        engine.optimizer._set_fp32_optimizer_param_groups()
+    optimizer.bind()
+    if stage_3:
+        engine.optimizer._clear_fp32_optimizer_param_groups()
 
 
 def _no_transport(flat: FlatTensor) -> str | None:
@@ -259,7 +299,7 @@ def _read_stage_3(wrapper: Any, optimizer: LowRankOptimizer) -> list[FlatTensor]
             if cuts[-1] != parameter.ds_numel:
                 raise LayoutError(f"{world_size} parts of {length} elements do not make parameter {name!r}")
             own = slices[rank]
-            runs.append(Run(FlatPart(name, offset, slices), own, _gathered(parameter)))
+            runs.append(Run(FlatPart(name, offset, slices), own, partial(_whole, parameter)))
             padding.append((offset + own.stop - own.start, offset + length))
         master = wrapper.fp32_partitioned_groups_flat[number]
         flat_tensors.append(FlatTensor(master, group, tuple(runs), tuple((a, b) for a, b in padding if a < b)))
@@ -276,13 +316,14 @@ def _name(optimizer: LowRankOptimizer, parameter: Tensor) -> str:
     return canonical_name(name)
 
 
-def _gathered(parameter: Tensor) -> Callable[[], Any]:
-    @contextmanager
-    def whole() -> Iterator[Tensor]:
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield parameter.detach()
-
-    return whole
+@contextmanager
+def _whole(weight: Tensor) -> Iterator[Tensor]:
+    """A weight, gathered where stage 3 has cut it."""
+    if hasattr(weight, "ds_id"):
+        with deepspeed.zero.GatheredParameters([weight]):
+            yield weight.detach()
+    else:
+        yield weight.detach()
 
 
 _READERS: dict[str, Callable[[Any, LowRankOptimizer], list[FlatTensor]]] = {

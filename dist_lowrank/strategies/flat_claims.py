@@ -6,9 +6,10 @@ gaps of its own, cuts it in parts, one per rank, anywhere, and gives the optimiz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def read_buffer(
         cuts = [min(max(k * length - begin, 0), elements) for k in range(world_size + 1)]
         slices = tuple(FlatSlice(shape, cuts[k], cuts[k + 1]) for k in range(world_size))
         part = FlatPart(name, min(max(begin - rank * length, 0), length), slices)
-        runs.append(Run(part, slices[rank], at_hand(parameter)))
+        runs.append(Run(part, slices[rank], partial(nullcontext, parameter.detach())))
         edges += [begin, begin + elements]
     edges.append(buffer.numel())
     gaps = list(zip(edges[::2], edges[1::2], strict=True))
@@ -87,16 +88,6 @@ def read_buffer(
             raise LayoutError(f"elements {start} to {stop} of a buffer belong to no parameter, and are no padding")
     padding = ((max(start - rank * length, 0), min(stop - rank * length, length)) for start, stop in gaps)
     return FlatTensor(master, group, tuple(runs), tuple((a, b) for a, b in padding if a < b))
-
-
-def at_hand(parameter: Tensor) -> Callable[[], Any]:
-    """The weight of a parameter that every rank holds whole."""
-
-    @contextmanager
-    def whole() -> Iterator[Tensor]:
-        yield parameter.detach()
-
-    return whole
 
 
 def check_claims(flat: FlatTensor) -> str | None:

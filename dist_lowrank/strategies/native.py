@@ -33,7 +33,7 @@ WEIGHT_DTYPES = {
 
 
 def shard_count(strategy: StrategyConfig, world_size: int) -> int:
-    """Ranks over which one copy of the model is cut: 1 for ddp, by default the ranks of a node for hsdp.
+    """Ranks over which torch cuts one copy of the model: 1 for ddp, by default the ranks of a node for hsdp.
 
     Raises:
         LayoutError: the copies would not be of equal size.
