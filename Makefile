@@ -8,7 +8,7 @@ TORCH := 2.13.0
 # Where pip finds the CPU build of torch if the user's own pip settings do not offer one.
 TORCH_PIP_ARGS ?= --index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: setup train test test-all lint format wheel clean
+.PHONY: setup train test test-all support-matrix lint format wheel clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.installed
@@ -35,6 +35,10 @@ test: setup
 # Also what takes long: the full flake hunt and other slow checks.
 test-all: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# Runs the tests that say what runs exactly where, and writes their table into the README.
+support-matrix: setup
+	$(BIN)/python -m pytest --support-matrix $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from dist_lowrank.training.parameter_table import ParameterRow
+    from dist_lowrank.training.traffic_forecast import TrafficRow
 
 _OVERRIDES = """\
 overrides (Hydra's grammar; `dist-lowrank check` prints every key):
@@ -34,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, action, summary in (
         ("train", _train, "train on all visible GPUs, or in 2 processes on a CPU"),
-        ("check", _check, "print the resolved configuration and the table of parameters; start nothing"),
+        ("check", _check, "print the resolved configuration, the parameters and what a step sends; start nothing"),
     ):
         subparser = verbs.add_parser(
             verb,
@@ -86,15 +90,21 @@ def _check(overrides: Sequence[str]) -> int:
     check_world(config, processes)
 
     from dist_lowrank.training.parameter_table import parameter_table
+    from dist_lowrank.training.traffic_forecast import forecast_traffic
 
     rows = parameter_table(config, processes)
     print(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), end="")
     print(f"\ndigest     {digest(config)}\nprocesses  {processes} on {device}\n")
-    _print_table(rows)
+    _print_parameters(rows)
+    print(
+        f"\nwhat the optimizer sends, on rank 0 of {processes}\n"
+        f"(without what {config.strategy.name} itself sends for gradients and weights)\n"
+    )
+    _print_traffic(forecast_traffic(config, processes))
     return 0
 
 
-def _print_table(rows: Sequence[ParameterRow]) -> None:
+def _empty_table(*, footer: bool) -> tuple[Console, Table]:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -102,7 +112,22 @@ def _print_table(rows: Sequence[ParameterRow]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=10_000)  # a file has no width to fit
-    table = Table(box=box.SIMPLE if console.is_terminal else None, show_footer=True, pad_edge=False)
+    return console, Table(box=box.SIMPLE if console.is_terminal else None, show_footer=footer, pad_edge=False)
+
+
+def _print_traffic(rows: Sequence[TrafficRow]) -> None:
+    console, table = _empty_table(footer=False)
+    for heading in ("step", "purpose", "operation"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("collectives", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row.step, row.purpose, row.operation, str(row.collectives), f"{row.bytes:,}")
+    console.print(table)
+
+
+def _print_parameters(rows: Sequence[ParameterRow]) -> None:
+    console, table = _empty_table(footer=True)
     table.add_column("parameter", footer=f"{len(rows)} parameters", overflow="fold")
     for heading in ("shape", "path", "side"):
         table.add_column(heading, no_wrap=True)

@@ -1,8 +1,15 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and the support matrix (see `support_matrix.py`)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
+import torch
+from support_matrix import Claim, claims_of, render, with_table
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +18,47 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     from small_runs import write_text
 
     return write_text(tmp_path_factory.mktemp("text"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--support-matrix", action="store_true", help="run the marked tests and write their table into the README"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    if config.getoption("--support-matrix"):
+        marked = [item for item in items if item.get_closest_marker("supports")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in marked])
+        items[:] = marked
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--support-matrix"):
+        config.pluginmanager.register(SupportMatrix())
+
+
+class SupportMatrix:
+    """Collects what the marked tests show as they run, and writes it down at the end."""
+
+    def __init__(self) -> None:
+        self.claims: dict[str, Sequence[Claim]] = {}
+        self.passed: set[str] = set()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.claims = {item.nodeid: claims_of(item) for item in session.items}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self.passed.add(report.nodeid)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if session.config.getoption("collectonly"):
+            return
+        shown = [claim for claims in self.claims.values() for claim in claims]
+        failed = [claim for test, claims in self.claims.items() if test not in self.passed for claim in claims]
+        README.write_text(with_table(README.read_text(), render(shown, failed)))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from references import ReferenceDCTAdamW, dense_dictionary, initial_weight, prescribed_gradients, rank_of
+from support_matrix import supports
 from torch.nn import Parameter
 from trajectories import (
     SHAPES,
@@ -86,12 +87,14 @@ def assert_follows_the_formula(options: dict[str, Any]) -> None:
         assert optimizer.state[parameter]["indices"].tolist() == reference.indices
 
 
+@supports("exact", strategy="one process", optimizer="DCTAdamW")
 @pytest.mark.parametrize("side", ["shorter", "longer", "right", "left"])
 @pytest.mark.parametrize("rank", [1, 3, 0.25, 0.35, 1.0, 99])
 def test_twenty_steps_equal_the_reference_at_every_rank_and_side(rank: float, side: str) -> None:
     assert_follows_the_formula({"rank": rank, "side": side})
 
 
+@supports("exact", strategy="one process", optimizer="DCTAdamW")
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
 def test_twenty_steps_equal_the_reference_with_every_option(options: dict[str, Any]) -> None:
     assert_follows_the_formula(options)

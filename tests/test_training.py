@@ -14,6 +14,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401 (imported before t
 from collectives import CountCollectives
 from processes import run_on_ranks
 from small_runs import assert_events_equal_lines, folder_of, full_weights, losses, overrides_for, run_loop
+from support_matrix import supports
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_lowrank.config import RunFolder, compose
@@ -31,6 +32,7 @@ def one_process(text: str, runs: Path, *more: str) -> dict[str, Any]:
     return run_on_ranks(1, run_loop, folder_of(overrides_for(text, runs, "strategy=ddp", *more)))[0]
 
 
+@supports("exact")
 @pytest.mark.parametrize("optimizer", ["dct_adamw", "trion"])
 @pytest.mark.parametrize(
     ("strategy", "world_size"), [("ddp", 2), ("ddp", 4), ("fsdp", 1), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)]

@@ -15,6 +15,7 @@ from references import (
     prescribed_gradients,
     select,
 )
+from support_matrix import supports
 from torch.nn import Parameter
 from trajectories import (
     SHAPES,
@@ -66,12 +67,14 @@ def assert_follows_the_formula(options: dict[str, Any], steps: int = 20) -> None
     assert_equals_references(Trion(parameters, **options), parameters, references, steps=steps)
 
 
+@supports("exact", strategy="one process", optimizer="Trion")
 @pytest.mark.parametrize("side", ["shorter", "longer", "right", "left"])
 @pytest.mark.parametrize("rank", [1, 3, 0.25, 0.35, 1.0, 99])
 def test_twenty_steps_equal_the_reference_at_every_rank_and_side(rank: float, side: str) -> None:
     assert_follows_the_formula({"rank": rank, "side": side})
 
 
+@supports("exact", strategy="one process", optimizer="Trion")
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
 def test_twenty_steps_equal_the_reference_with_every_option(options: dict[str, Any]) -> None:
     assert_follows_the_formula(options)

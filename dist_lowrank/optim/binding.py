@@ -59,18 +59,6 @@ class BoundMatrix:
             return own
         return {key: tensor[stack.index - stack.start] if tensor.ndim else tensor for key, tensor in own.items()}
 
-    def transient_bytes(self) -> int:
-        """Memory that one update needs beside its state, on the fullest rank: gradient rows and coordinates."""
-        form, block = self.layout.form, self.layout.largest_block
-        elements = (2 * form.n + 2 * form.rank) * block
-        if self.layout.exchanges:
-            elements += 2 * form.n * block  # sent and received
-        if self.layout.delivery == "coefficients":
-            elements += 2 * form.rank * form.rows  # received and put together
-        elif self.layout.delivery != "local":
-            elements += 3 * form.n * block  # lifted, sent and received
-        return elements * self.dtype.itemsize
-
 
 @dataclass(slots=True)
 class BoundParameter:

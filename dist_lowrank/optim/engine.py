@@ -117,6 +117,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _forget_binding(self) -> None:
         self._bound: dict[Tensor, BoundParameter] = {}
+        self._bound_members: list[tuple[dict[str, Any], list[Tensor]]] = []  # groups and what they held
         self._unchecked: list[tuple[str, Tensor]] = []  # replicated parameters not yet compared between ranks
         self._shards_loaded = False  # and not yet compared between ranks
         self._dictionaries = DictionaryCache()
@@ -211,6 +212,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             LayoutError: a matrix is sharded over several mesh dimensions, or otherwise than in blocks.
         """
         by_group, position = [], 0
+        known = all(p in self._bound for group in self.param_groups for p in group["params"] if is_trained(p))
+        if not known:
+            self._forget_replaced()
         for group in self.param_groups:
             parameters = group["params"]
             names = group.get("param_names") or []
@@ -224,7 +228,23 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 ]
             )
             position += len(parameters)
+        if not known:
+            self._bound_members = [(group, list(group["params"])) for group in self.param_groups]
         return by_group
+
+    def _forget_replaced(self) -> None:
+        """Drops the state of parameters that a wrapper has replaced, and comparisons that were still to be made.
+
+        Otherwise it would keep the whole weights alive beside the shards. Parameters of a group that is absent are
+        kept, and flat tensors: DeepSpeed steps with one group at a time.
+        """
+        present = {parameter for group in self.param_groups for parameter in group["params"]}
+        groups = {id(group) for group in self.param_groups}
+        held = {parameter for group, members in self._bound_members if id(group) in groups for parameter in members}
+        for parameter in held - present - set(self._flat):
+            self._state.pop(parameter, None)
+            self._bound.pop(parameter, None)
+        self._unchecked = [(name, p) for name, p in self._unchecked if p in present or p not in held]
 
     def _bind_parameter(self, name: str, parameter: Tensor, group: dict[str, Any]) -> BoundParameter:
         bound, state = self._bound.get(parameter), self._state.get(parameter)
@@ -380,6 +400,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._state, self._unchecked = kept, unchecked
             load_into([p for group in self.param_groups for p in group["params"]], kept, saved)
             self._shards_loaded = any(isinstance(value, DTensor) for state in saved for value in state.values())
+            # The groups are new objects now; what is replaced in them from here on is to be noticed.
+            self._bound_members = [(group, list(group["params"])) for group in self.param_groups]
             for matrix in self._matrices():
                 matrix.previous_indices = None
 

@@ -16,12 +16,17 @@ from dist_lowrank.optim.storage import Floats, Geometric, Storage
 from dist_lowrank.sharding.layouts import TallForm
 from dist_lowrank.sharding.rule import Rule
 
+_STEPS_PER_GRAM = 5  # of Newton-Schulz; rounding grows too far after more
+
 
 class Moments(Protocol):
     """Turns coefficients into a direction of the same shape."""
 
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
         """The state that this part keeps for a matrix whose update is computed in `dtype`."""
+
+    def statistics(self, form: TallForm) -> list[int]:
+        """By round: the number of elements of what `direction` yields."""
 
     def read(self, state: Mapping[str, Tensor], coefficients: Tensor) -> dict[str, Tensor]:
         """The moments in the shape and dtype of the coefficients, columns last; modified in place until `write`.
@@ -78,6 +83,9 @@ class Adam:
             tensors["age"] = StateTensor(form.rank, torch.int32, "indices", sharded=False)
         return tensors
 
+    def statistics(self, form: TallForm) -> list[int]:
+        return []
+
     def read(self, state: Mapping[str, Tensor], coefficients: Tensor) -> dict[str, Tensor]:
         moments = {name: storage.read(name, state, coefficients) for name, storage in self._storages().items()}
         if self.column_bias_correction:
@@ -92,8 +100,8 @@ class Adam:
         square.mul_(beta2).addcmul_(coefficients, coefficients, value=1 - beta2)
         if self.column_bias_correction:
             age = moments["age"].add_(1).to(coefficients.dtype)  # (r,)
-            return (mean / (1 - beta1**age)) / (square / (1 - beta2**age)).sqrt_().add_(self.eps)
-        return (mean / (1 - beta1**step)) / (square / (1 - beta2**step)).sqrt_().add_(self.eps)
+            return (mean / (1 - beta1**age)).div_((square / (1 - beta2**age)).sqrt_().add_(self.eps))
+        return (mean / (1 - beta1**step)).div_((square / (1 - beta2**step)).sqrt_().add_(self.eps))
 
     def write(self, moments: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: RowNoise) -> None:
         for name, storage in self._storages().items():
@@ -123,6 +131,9 @@ class NewtonSchulz:
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
         return {}
 
+    def statistics(self, form: TallForm) -> list[int]:
+        return [form.rank**2] * -(-self.steps // _STEPS_PER_GRAM)
+
     def read(self, state: Mapping[str, Tensor], coefficients: Tensor) -> dict[str, Tensor]:
         return {}
 
@@ -133,7 +144,7 @@ class NewtonSchulz:
         gram = gram / norm.square()
         product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / norm
         for done in range(self.steps):
-            if done and done % 5 == 0:
+            if done and done % _STEPS_PER_GRAM == 0:
                 coefficients = coefficients @ product
                 gram = yield coefficients[owned].t() @ coefficients[owned]
                 product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

@@ -87,6 +87,11 @@ class Recipe:
             **self.residual.state(form, dtype),
         }
 
+    def statistics(self, form: TallForm, refresh: bool) -> list[int]:
+        """By round: the size of what the rule of one matrix sums over ranks."""
+        scores = [form.n] if refresh else []
+        return scores + self.moments.statistics(form)
+
 
 _COLUMN_OPTIONS = (
     *("lr", "weight_decay", "rank", "side", "dictionary", "ranking", "seed"),
@@ -132,12 +137,14 @@ def low_rank_rule(
     scores = None
     if refresh or recipe.residual.needs_coordinates:
         coordinates = recipe.residual.add_stored(dictionary.transform(rows), state)  # (l, n)
+        del rows  # a wave holds either of every matrix, not both
         if refresh:
             scores = yield column_scores(coordinates[owned], recipe.ranking)  # (n,)
             indices = top_columns(scores, form.rank)
             state["indices"].copy_(indices)
         coefficients = coordinates.index_select(1, indices)  # (l, r)
     else:
+        coordinates = rows  # all that follows is done without
         coefficients = dictionary.project(rows, indices)
     moments = recipe.moments.read(state, coefficients)
     if refresh:
@@ -147,6 +154,7 @@ def low_rank_rule(
         change_columns(recipe.transition, moments.values(), previous, indices, form.n)
     if recipe.residual.needs_coordinates:
         recipe.residual.store(coordinates, indices, coefficients, state)
+    del coordinates  # nor until its sums are there
     direction = yield from recipe.moments.direction(coefficients, moments, step, owned)
     recipe.moments.write(moments, state, noise)
     return Update(direction, indices, scores)

@@ -20,6 +20,7 @@ from dist_lowrank.optim.binding import BoundMatrix
 from dist_lowrank.optim.dense import local_gradient, part_of_gradient
 from dist_lowrank.optim.recipe import SCALES, Recipe, Update, low_rank_rule
 from dist_lowrank.optim.rounding import RandomBits, RowNoise, store_weight
+from dist_lowrank.optim.transient import held_bytes
 from dist_lowrank.sharding.layouts import local
 from dist_lowrank.sharding.rounds import Task, ranks_that_differ, run_rounds
 from dist_lowrank.sharding.transport import exchange_updates, fetch_rows, gather_coefficients
@@ -28,14 +29,14 @@ Job = tuple[BoundMatrix, Recipe]
 
 
 def cut_waves(jobs: Sequence[Job], workspace_bytes: int) -> Iterator[list[Job]]:
-    """Cuts the work so that the transient memory of a wave fits the workspace, at least one matrix each.
+    """Cuts the work so that what a wave holds fits the workspace, at least one matrix each.
 
     Decided from what all ranks know, so all cut alike.
     """
     wave: list[Job] = []
     used_bytes = 0
     for matrix, recipe in jobs:
-        needed_bytes = matrix.transient_bytes()
+        needed_bytes = held_bytes(matrix, recipe)
         if wave and used_bytes + needed_bytes > workspace_bytes:
             yield wave
             wave, used_bytes = [], 0
@@ -73,6 +74,7 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
         rule = low_rank_rule(own_rows, own, step, recipe, layout.form, dictionary, noise, layout.owned)
         random.append(bits)
         tasks.append(Task(rule, matrix.layout.group))
+    del by_parameter, gradients, rows, own_rows  # the rules have them, and let go of them as soon as they can
     updates = run_rounds(tasks)
     directions = gather_coefficients(layouts, [update.direction for update in updates])
     lifted = [

@@ -45,6 +45,10 @@ class ColumnBlock(Layout):
         return "coefficients" if self.form.rank * self.world_size <= self.form.n else "rows"
 
     @property
+    def largest_part(self) -> int:
+        return self.form.rows * -(-self.form.n // self.world_size)
+
+    @property
     def columns(self) -> slice:
         return slice(*chunk_range(self.form.n, self.world_size, self.rank))
 
@@ -232,6 +236,10 @@ class FlatColumns(Layout):
     def delivery(self) -> str:
         return "rows"
 
+    @property
+    def largest_part(self) -> int:
+        return max(each.last_row - each.first_row for each in self.slices) * self.form.rows
+
     def outgoing(self, gradient: Tensor) -> list[Tensor]:
         return list(torch.split(self.own.padded_rows(gradient), self._widths(), dim=1))
 
@@ -284,6 +292,10 @@ class MovedRows(Layout):
     @property
     def delivery(self) -> str:
         return "rows"
+
+    @property
+    def largest_part(self) -> int:
+        return max(each.stop - each.start for each in self.slices)
 
     def outgoing(self, gradient: Tensor) -> list[Tensor]:
         start = self.own.start

@@ -146,6 +146,11 @@ class Layout:
         """Rows of the fullest rank: the same number on every rank, so fit for decisions that all must share."""
         return -(-self.form.rows // self.group_size)
 
+    @property
+    def largest_part(self) -> int:
+        """Elements of the fullest rank's local tensor of the parameter, or a few more; the same on every rank."""
+        return self.form.n * self.largest_block
+
     # Exchanges; only layouts that have them define these. Shapes and order are what every rank can work out. ---------
 
     def outgoing(self, gradient: Tensor) -> list[Tensor]:
@@ -190,6 +195,10 @@ class RowBlock(Layout):
     def offset(self) -> tuple[int, ...]:
         start = 0 if self.replicated else self.start
         return (0, start) if self.form.transposed else (start, 0)
+
+    @property
+    def largest_part(self) -> int:
+        return self.form.n * (self.form.rows if self.replicated else self.largest_block)
 
     def rows(self, local: Tensor) -> Tensor:
         """This rank's rows, (stop - start, n), as a view of its local tensor of the parameter or gradient."""

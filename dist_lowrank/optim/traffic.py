@@ -1,0 +1,134 @@
+"""What a step sends, worked out without sending anything: the collectives of `dist_lowrank.optim.wave`, from layouts.
+
+Layouts are plain data and rules say how many numbers they sum, so the list follows from them: per wave one call per
+process group, dtype and device for the rows that are fetched, for each round of sums, for coefficients and for
+updates. Tests compare it with what real steps send, under every layout.
+
+Counted is what the optimizer sends. What DDP and FSDP2 send for gradients and weights is theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_lowrank.optim.binding import BoundMatrix, BoundParameter
+from dist_lowrank.optim.engine import LowRankOptimizer
+from dist_lowrank.optim.wave import Job, cut_waves
+from dist_lowrank.sharding.layouts import local
+
+PURPOSES = ("agreement", "rows", "sums", "coefficients", "updates", "verification")
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """One call, as this rank makes it."""
+
+    purpose: str
+    operation: str  # all_reduce, all_gather, all_to_all
+    dtype: torch.dtype
+    elements: int  # of the tensor that this rank hands over
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+
+def collectives_of_step(
+    optimizer: LowRankOptimizer, *, refresh: bool = True, verification: bool = False
+) -> list[Collective]:
+    """The collectives of one step in which every parameter has a gradient, in order.
+
+    Left out are those of the first step, which compares replicas, and those that a gradient needs whose DTensor is not
+    placed as its parameter's.
+
+    Args:
+        refresh: every matrix chooses its columns at this step; otherwise those alone that do so at each.
+        verification: the columns of all matrices are compared at this step (see `verify_every`).
+    """
+    bound = [parameter for members in optimizer.bind() for parameter in members]
+    jobs = [
+        (matrix, recipe)
+        for group, members in zip(optimizer.param_groups, optimizer.bind(), strict=True)
+        for recipe in [optimizer.recipe(group)]
+        for parameter in members
+        for matrix in parameter.matrices
+    ]
+    collectives = list(_of_agreement(bound)) if optimizer.agree_on_gradients else []
+    collectives += [each for wave in cut_waves(jobs, optimizer.workspace_bytes) for each in _of_wave(wave, refresh)]
+    if verification:
+        collectives += _of_verification([matrix for matrix, _ in jobs])
+    return collectives
+
+
+def _of_agreement(parameters: Sequence[BoundParameter]) -> Iterator[Collective]:
+    """A byte per parameter and group; two where replicas have to be alike."""
+    for replicated, size in ((False, 1), (True, 2)):
+        groups = [group for bound in parameters for group, replicas in bound.sharers if replicas == replicated]
+        for group in dict.fromkeys(groups):
+            yield Collective("agreement", "all_reduce", torch.uint8, size * groups.count(group))
+
+
+def _of_wave(wave: Sequence[Job], refresh: bool) -> Iterator[Collective]:
+    wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
+    matrices = [matrix for matrix, _ in wave]
+    fetched = [(matrix, _fetched(matrix)) for matrix in matrices if matrix.layout.exchanges]
+    yield from _fused("rows", "all_to_all", fetched)
+    statistics = [
+        recipe.statistics(matrix.layout.form, refresh or recipe.refresh_interval == 1) for matrix, recipe in wave
+    ]
+    for sizes in zip_longest(*statistics):  # by round; None: the rule has ended
+        summed = [
+            (matrix, size)
+            for matrix, size in zip(matrices, sizes, strict=True)
+            if size is not None and matrix.layout.group is not None
+        ]
+        yield from _fused("sums", "all_reduce", summed)
+    gathered = [(matrix, _gathered(matrix)) for matrix in matrices if matrix.layout.delivery == "coefficients"]
+    yield from _fused("coefficients", "all_gather", gathered)
+    returned = [(matrix, _returned(matrix)) for matrix in matrices if matrix.layout.delivery == "rows"]
+    yield from _fused("updates", "all_to_all", returned)
+
+
+def _of_verification(matrices: Sequence[BoundMatrix]) -> Iterator[Collective]:
+    by_group: dict[dist.ProcessGroup, int] = {}
+    for matrix in matrices:
+        if matrix.layout.group is not None and matrix.present:
+            by_group[matrix.layout.group] = by_group.get(matrix.layout.group, 0) + 1
+    for count in by_group.values():
+        yield Collective("verification", "all_gather", torch.int64, count)
+
+
+def _fused(purpose: str, operation: str, sent: Sequence[tuple[BoundMatrix, int]]) -> Iterator[Collective]:
+    """One collective per process group, dtype and device, from the elements that each matrix puts in it."""
+    totals: dict[tuple[dist.ProcessGroup | None, torch.dtype, torch.device], int] = {}
+    for matrix, elements in sent:
+        channel = (matrix.layout.group, matrix.dtype, local(matrix.parameter).device)
+        totals[channel] = totals.get(channel, 0) + elements
+    for (_, dtype, _), total in totals.items():
+        yield Collective(purpose, operation, dtype, total)
+
+
+def _fetched(matrix: BoundMatrix) -> int:
+    """Elements of its gradient that this rank sends so that rows become whole."""
+    gradient = torch.empty_like(local(matrix.parameter), device="meta", memory_format=torch.contiguous_format)
+    return _elements(matrix.layout.outgoing(matrix.piece.view(gradient)))
+
+
+def _gathered(matrix: BoundMatrix) -> int:
+    return matrix.layout.largest_block * matrix.layout.form.rank  # short blocks are padded
+
+
+def _returned(matrix: BoundMatrix) -> int:
+    """Elements of the updated rows that this rank sends back."""
+    layout = matrix.layout
+    return _elements(layout.outgoing_update(torch.empty(layout.stop - layout.start, layout.form.n, device="meta")))
+
+
+def _elements(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)

@@ -1,0 +1,82 @@
+"""What the optimizer of a run will send, told before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+from dist_lowrank.config.schema import AdamWConfig, RunConfig
+from dist_lowrank.optim.engine import LowRankOptimizer
+from dist_lowrank.optim.traffic import PURPOSES, Collective, collectives_of_step
+from dist_lowrank.strategies import apply_strategy
+from dist_lowrank.training.model import blocks, build_model, low_rank_forms, route
+from dist_lowrank.training.optimizers import make_optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficRow:
+    """The collectives of one kind of step for one purpose, as rank 0 makes them."""
+
+    step: str  # "every step"; "refresh" and "between refreshes"; "every N steps"
+    purpose: str  # one of PURPOSES; "nothing" if there are none
+    operation: str
+    collectives: int
+    bytes: int  # that rank 0 hands over
+
+
+def forecast_traffic(config: RunConfig, world_size: int) -> list[TrafficRow]:
+    """By kind of step and purpose, from the layouts of a model without storage; nothing is sent.
+
+    The model is sharded as a run's, in a process group that pretends to have `world_size` ranks and is gone afterwards.
+    What DDP and FSDP2 send for gradients and weights is not counted. AdamW sends nothing.
+    """
+    if isinstance(config.optimizer, AdamWConfig):
+        return _by_purpose("every step", [])
+    with _pretended_ranks(world_size):
+        optimizer = _optimizer_on_layouts(config)
+        at_refresh = collectives_of_step(optimizer, refresh=True)
+        otherwise = collectives_of_step(optimizer, refresh=False)
+        verifying = []
+        if optimizer.verify_every:
+            verifying = collectives_of_step(optimizer, refresh=True, verification=True)[len(at_refresh) :]
+    if at_refresh == otherwise:
+        rows = _by_purpose("every step", at_refresh)
+    else:
+        rows = _by_purpose("refresh", at_refresh) + _by_purpose("between refreshes", otherwise)
+    return rows + (_by_purpose(f"every {optimizer.verify_every} steps", verifying) if verifying else [])
+
+
+def _optimizer_on_layouts(config: RunConfig) -> LowRankOptimizer:
+    model = build_model(config, meta=True)
+    if config.strategy.name != "ddp":  # under which the optimizer sees the plain parameters
+        forms = low_rank_forms(route(model, config.model), config)
+        apply_strategy(model, blocks(model), config.strategy, config.precision, forms, torch.device("cpu"))
+    optimizer = make_optimizer(config, route(model, config.model))
+    assert isinstance(optimizer, LowRankOptimizer)
+    return optimizer
+
+
+@contextmanager
+def _pretended_ranks(world_size: int) -> Iterator[None]:
+    """This process as rank 0 of many; torch's `fake` backend sends nothing."""
+    dist.init_process_group("fake", rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        # DTensor remembers meshes of the groups that are gone, and would take later meshes for them.
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+
+
+def _by_purpose(step: str, collectives: list[Collective]) -> list[TrafficRow]:
+    rows = []
+    for purpose in PURPOSES:
+        calls = [each for each in collectives if each.purpose == purpose]
+        if calls:
+            rows.append(TrafficRow(step, purpose, calls[0].operation, len(calls), sum(each.bytes for each in calls)))
+    return rows or [TrafficRow(step, "nothing", "", 0, 0)]

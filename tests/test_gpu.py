@@ -1,0 +1,77 @@
+"""What only a GPU can show: the same columns as on a CPU, ties included, and several devices in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import Parameter
+from trajectories import MIXED_SHAPES, assert_bitwise_equal, both, feed, make, make_gradients, make_parameters, train
+
+from dist_lowrank.subspaces import top_columns
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda")
+MATRICES = [(48, 32), (32, 48), (40, 40)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [1, 5, 257, 4096])
+def test_ties_go_to_the_lowest_index_on_a_gpu(n: int, dtype: torch.dtype) -> None:
+    rank = (n + 2) // 3
+    assert top_columns(torch.ones(n, dtype=dtype, device=GPU), rank).tolist() == list(range(rank))
+    scores = torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(n)).to(dtype)  # ties everywhere
+    assert top_columns(scores.to(GPU), rank).tolist() == top_columns(scores, rank).tolist()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_gpu_chooses_the_columns_of_a_cpu_and_follows_its_trajectory(kind: str, dtype: torch.dtype) -> None:
+    here = make_parameters(MATRICES, dtype)
+    there = [Parameter(p.detach().to(GPU)) for p in here]
+    of_here, of_there = make(kind, here), make(kind, there)
+    for gradients in make_gradients(MATRICES, 10):
+        feed(of_here, here, gradients)
+        feed(of_there, there, [gradient.to(GPU) for gradient in gradients])
+        for p, q in zip(here, there, strict=True):
+            assert torch.equal(of_there.state[q]["indices"].cpu(), of_here.state[p]["indices"])
+            tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+            torch.testing.assert_close(q.detach().cpu(), p.detach(), rtol=0, atol=tolerance)
+
+
+@both
+def test_the_same_run_twice_is_bitwise_equal_on_a_gpu(kind: str) -> None:
+    results = []
+    for _ in range(2):
+        parameters = [Parameter(p.detach().to(GPU)) for p in make_parameters(MIXED_SHAPES, torch.float32)]
+        optimizer = make(kind, parameters)
+        for gradients in make_gradients(MIXED_SHAPES, 5):
+            feed(optimizer, parameters, [gradient.to(GPU) for gradient in gradients])
+        results.append([p.detach() for p in parameters])
+    assert_bitwise_equal(*results)
+
+
+@both
+def test_two_devices_in_one_optimizer_update_each_parameter_where_it_lies(kind: str) -> None:
+    parameters = make_parameters(MIXED_SHAPES)
+    mixed = [Parameter(p.detach().to(GPU if i % 2 else "cpu")) for i, p in enumerate(parameters)]
+    of_one, of_two = make(kind, parameters), make(kind, mixed)
+    for gradients in make_gradients(MIXED_SHAPES, 5):
+        feed(of_one, parameters, gradients)
+        feed(of_two, mixed, [g.to(p.device) for g, p in zip(gradients, mixed, strict=True)])
+    for one, two in zip(parameters, mixed, strict=True):
+        torch.testing.assert_close(two.detach().cpu(), one.detach(), rtol=0, atol=1e-10)
+
+
+@both
+def test_a_state_moves_from_a_cpu_to_a_gpu(kind: str) -> None:
+    here = make_parameters(MIXED_SHAPES)
+    of_here = make(kind, here)
+    train(of_here, here, steps=4)
+    there = [Parameter(p.detach().to(GPU)) for p in here]
+    of_there = make(kind, there)
+    of_there.load_state_dict(of_here.state_dict())
+    for gradients in make_gradients(MIXED_SHAPES, 8)[4:]:
+        feed(of_here, here, gradients)
+        feed(of_there, there, [gradient.to(GPU) for gradient in gradients])
+    for p, q in zip(here, there, strict=True):
+        torch.testing.assert_close(q.detach().cpu(), p.detach(), rtol=0, atol=1e-10)

@@ -1,0 +1,145 @@
+"""What `collectives_of_step` predicts is what real steps send: operations, elements and bytes, under every layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from collectives import CountCollectives
+from processes import run_on_ranks
+from test_pieces import build as build_pieces
+from test_pieces import feed as feed_pieces
+from test_sharded_trajectories import SHAPES, Model, random_cuts, shard
+from torch import nn
+
+from dist_lowrank.optim import DCTAdamW, Trion
+from dist_lowrank.optim.traffic import collectives_of_step
+from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.pieces import FlatPart
+
+LAYOUTS = [("ddp", 3), ("fsdp", 2), ("fsdp", 4), ("fsdp_rows", 3), ("hsdp", 4), ("flat", 3)]
+OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "dct_adamw": (DCTAdamW, {"rank": 0.5, "refresh_interval": 3, "error_feedback": "int8"}),
+    "trion": (Trion, {"rank": 0.25, "newton_schulz_steps": 7}),  # two sums of Gram matrices
+}
+WORKSPACES_BYTES = (2**20, 700, 1)  # one wave, several, one for each matrix
+# On gloo; what a test compares is in words of torch.distributed.
+NAMES = {"allreduce_": "all_reduce", "allgather_": "all_gather", "alltoall_base_": "all_to_all"}
+Sent = list[tuple[str, int, int]]  # operation, elements, bytes
+
+
+def _optimizer(rank: int, layout: str, world_size: int, optimizer: str, **options: Any) -> Any:
+    make, defaults = OPTIMIZERS[optimizer]
+    model = Model(SHAPES, torch.float32)
+    model.narrow = nn.Module()
+    model.narrow.weight = nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16())
+    model.wider = nn.Module()
+    model.wider.weight = nn.Parameter(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).double())
+    if layout != "flat":
+        # FSDP2 wants one dtype per unit.
+        shard(model.narrow, layout, world_size, defaults["rank"])
+        shard(model.wider, layout, world_size, defaults["rank"])
+        shard(model, layout, world_size, defaults["rank"])
+        return make(model.named_parameters(), **defaults, **options)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    cuts = random_cuts(shapes, world_size)
+    named = [
+        (name, nn.Parameter(p.detach().flatten()[slice(*cuts[name][rank])])) for name, p in model.named_parameters()
+    ]
+    updater = make(named, **defaults, **options)
+    slices = {name: tuple(FlatSlice(shapes[name], *cut) for cut in cuts[name]) for name, _ in named}
+    updater.declare_flat_parts({p: [FlatPart(name, 0, slices[name])] for name, p in named}, dist.group.WORLD)
+    return updater
+
+
+def _predicted_and_sent(
+    rank: int, layout: str, world_size: int, optimizer: str, workspace_bytes: int
+) -> list[tuple[Sent, Sent]]:
+    """For steps 2 to 6 (the first also compares replicas): with refreshes at 3 and 6, and verification at 4."""
+    updater = _optimizer(rank, layout, world_size, optimizer, workspace_bytes=workspace_bytes, verify_every=4, lr=0.01)
+    pairs = []
+    for step in range(1, 7):
+        for group in updater.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        predicted = collectives_of_step(updater, refresh=step % 3 == 0, verification=step == 4)
+        with CountCollectives() as counter:
+            updater.step()
+        if step > 1:
+            pairs.append(
+                (
+                    [(each.operation, each.elements, each.bytes) for each in predicted],
+                    [
+                        (NAMES[name], elements, size)
+                        for (name, elements), size in zip(counter.calls, counter.sent_bytes, strict=True)
+                    ],
+                )
+            )
+    return pairs
+
+
+def _by_workspace(rank: int, *args: Any) -> list[list[tuple[Sent, Sent]]]:
+    return [_predicted_and_sent(rank, *args, workspace_bytes) for workspace_bytes in WORKSPACES_BYTES]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
+def test_predicted_collectives_are_those_that_a_step_sends(layout: str, world_size: int, optimizer: str) -> None:
+    for by_workspace in run_on_ranks(world_size, _by_workspace, layout, world_size, optimizer):
+        for pairs in by_workspace:
+            assert len(pairs) == 5
+            for predicted, sent in pairs:
+                assert predicted == sent
+        # A small workspace sends the same in more calls.
+        sent_at_refresh = [pairs[1][1] for pairs in by_workspace]
+        assert len({len(sent) for sent in sent_at_refresh}) == len(WORKSPACES_BYTES)
+        assert len({sum(elements for _, elements, _ in sent) for sent in sent_at_refresh}) == 1
+
+
+def _purposes(rank: int, layout: str, world_size: int, optimizer: str) -> list[list[str]]:
+    updater = _optimizer(rank, layout, world_size, optimizer)
+    return [[each.purpose for each in collectives_of_step(updater, refresh=refresh)] for refresh in (True, False)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "optimizer", "refresh", "ordinary"),
+    [
+        ("fsdp", 4, "dct_adamw", {"sums"}, set()),
+        ("fsdp", 4, "trion", {"sums"}, {"sums"}),
+        ("ddp", 3, "dct_adamw", {"sums", "coefficients"}, {"coefficients"}),
+        ("fsdp_rows", 3, "dct_adamw", {"rows", "sums", "updates"}, {"rows", "updates"}),
+        ("flat", 3, "dct_adamw", {"rows", "sums", "updates"}, {"rows", "updates"}),
+    ],
+)
+def test_a_layout_sends_only_what_it_is_for(
+    layout: str, world_size: int, optimizer: str, refresh: set[str], ordinary: set[str]
+) -> None:
+    for found in run_on_ranks(world_size, _purposes, layout, world_size, optimizer):
+        assert [set(purposes) for purposes in found] == [{"agreement"} | refresh, {"agreement"} | ordinary]
+
+
+def _of_pieces(rank: int, strategy: str, world_size: int) -> list[tuple[Sent, Sent]]:
+    model, updater = build_pieces(strategy, world_size, "dct_adamw", rank)
+    pairs = []
+    for step in range(1, 4):
+        predicted = collectives_of_step(updater)
+        with CountCollectives() as counter:
+            feed_pieces(model, updater, strategy, world_size, rank, range(step, step + 1))
+        calls = zip(counter.calls, counter.sent_bytes, strict=True)
+        sent = [(NAMES[name], elements, size) for (name, elements), size in calls]
+        pairs.append(([(each.operation, each.elements, each.bytes) for each in predicted], sent))
+    return pairs[1:]
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp", 3), ("fsdp_last", 2), ("flat", 4)])
+def test_predictions_hold_for_stacks_fused_weights_and_parts_of_flat_tensors(strategy: str, world_size: int) -> None:
+    for pairs in run_on_ranks(world_size, _of_pieces, strategy, world_size):
+        for predicted, sent in pairs:
+            assert predicted == sent
+
+
+def test_one_process_sends_nothing() -> None:
+    model = Model(SHAPES, torch.float32)
+    assert collectives_of_step(DCTAdamW(model.named_parameters()), verification=True) == []
