@@ -34,7 +34,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dct_adamw": (DCTAdamW, {"lr": 0.02, "weight_decay": 0.1, "rank": 3, "refresh_interval": 2}),
-    "error_feedback": (DCTAdamW, {"lr": 0.02, "rank": 2, "error_feedback": "fp32"}),
+    "dct_adamw_error_feedback": (DCTAdamW, {"lr": 0.02, "rank": 2, "error_feedback": "fp32"}),
     "trion": (Trion, {"lr": 0.02, "weight_decay": 0.1, "rank": 3}),
 }
 

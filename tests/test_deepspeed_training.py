@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed_runs  # noqa: F401 (imports DeepSpeed before the fork)
 import pytest
 import torch
+from collectives import CountCollectives
 from deepspeed_runs import set_environment
 from processes import run_on_ranks
 from small_runs import folder_of, full_weights, losses, overrides_for, run_loop
@@ -25,6 +26,7 @@ from dist_lowrank.telemetry.metrics import MetricsWriter
 from dist_lowrank.training import run
 from dist_lowrank.training.parameter_table import parameter_table
 from dist_lowrank.training.run import Trainer, train
+from dist_lowrank.training.traffic_forecast import forecast_traffic
 
 ZERO = ["zero0", "zero1", "zero2", "zero3"]
 
@@ -165,6 +167,40 @@ def test_the_matrices_of_llama_60m_take_a_third_of_the_state_of_adamw(strategy: 
     # The formula: two moments of L x n/4, over the ranks; r indices of two bytes and a step for each of 56 matrices.
     assert low_rank == pytest.approx(adamw / 4, rel=0.1 if world_size < 64 else 0.35)
     assert matrices("adamw")[0] >= adamw * 0.99 or strategy != "zero3"
+
+
+def _traffic(rank: int, folder: RunFolder) -> list[tuple[str, int]]:
+    """What the optimizer sends within the second training step."""
+    set_environment()
+    with MetricsWriter(folder.metrics(rank), None) as metrics:
+        trainer = Trainer(folder.config(), folder, torch.device("cpu"), Console(enabled=False), metrics)
+        trainer._step(1, [])
+        step, calls = trainer.optimizer.step, []
+
+        def counted(*arguments: Any) -> None:
+            with CountCollectives() as counter:
+                step(*arguments)
+            calls.extend(counter.calls)
+
+        trainer.optimizer.step = counted  # type: ignore[method-assign, assignment]
+        trainer._step(2, [])
+    return calls
+
+
+@pytest.mark.parametrize("optimizer", ["dct_adamw", "trion"])
+@pytest.mark.parametrize("strategy", ZERO)
+def test_a_step_sends_what_the_forecast_says(text: str, tmp_path: Path, strategy: str, optimizer: str) -> None:
+    overrides = overrides_for(text, tmp_path, f"strategy={strategy}", f"optimizer={optimizer}", "train.steps=30")
+    folder = folder_of(overrides)
+    calls = run_on_ranks(2, _traffic, folder)[0]
+    forecast = run_on_ranks(1, _forecast, folder, distributed=False)[0]
+    assert sum(count for count, _ in forecast) == len(calls)
+    assert sum(size for _, size in forecast) == 4 * sum(elements for _, elements in calls)
+
+
+def _forecast(rank: int, folder: RunFolder) -> list[tuple[int, int]]:
+    rows = forecast_traffic(folder.config(), 2)
+    return [(row.collectives, row.bytes) for row in rows if row.step == "every step"]
 
 
 # Configuration --------------------------------------------------------------------------------------------------------

@@ -178,9 +178,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for options, parameters in dense:
             for part in dense_waves(parameters, self.workspace_bytes):
                 dense_step(part, [each.state(state[each.tensor]) for each in part], options)
-        self._steps += 1
-        if self.verify_every and self._steps % self.verify_every == 0:
-            verify_columns(self._matrices(), state)  # all: DeepSpeed steps group by group
+        self._steps += bool(jobs)  # DeepSpeed steps group by group
+        if jobs and self.verify_every and self._steps % self.verify_every == 0:
+            verify_columns(self._matrices(), state)
         return loss
 
     def _check_before_step(self, everything: Sequence[BoundParameter]) -> None:

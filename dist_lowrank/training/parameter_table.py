@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,11 +15,12 @@ from dist_lowrank.config.schema import AdamWConfig, RunConfig
 from dist_lowrank.dictionaries import check_dictionary, check_transform
 from dist_lowrank.optim.dense import arithmetic_dtype
 from dist_lowrank.optim.state import StateTensor
-from dist_lowrank.sharding.exchanged import FlatSlice, flat_layout
+from dist_lowrank.sharding.exchanged import flat_layout
 from dist_lowrank.sharding.layouts import LayoutError, TallForm, tall_form
 from dist_lowrank.strategies import shard_count, shard_dimension
 from dist_lowrank.training.model import build_model, low_rank_forms, route
 from dist_lowrank.training.optimizers import make_optimizer
+from dist_lowrank.training.zero_layout import cut_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,27 +110,15 @@ def _under_zero(
     forms: Mapping[str, TallForm],
     specs: Mapping[str, Mapping[str, StateTensor]],
 ) -> dict[str, tuple[str, int]]:
-    """The same under DeepSpeed: on the rank that is the fullest in all, since a rank has much of some matrices.
-
-    Stages 1 and 2 cut each parameter group as a whole, 3 each parameter.
-    """
+    """The same under DeepSpeed: on the rank that is the fullest in all, since a rank has much of some matrices."""
     by_rank: list[dict[str, int]] = [{} for _ in range(world_size)]
-    for group in groups:
-        start, total = 0, sum(parameter.numel() for _, parameter in group["params"])
-        length = math.ceil(total / (2 * world_size)) * 2
-        for name, parameter in group["params"]:
-            elements = parameter.numel()
-            if stage == 3:
-                start, length = 0, math.ceil(elements / world_size)
-            cuts = [min(max(rank * length - start, 0), elements) for rank in range(world_size + 1)]
-            slices = [FlatSlice(tuple(parameter.shape), *cut) for cut in pairwise(cuts)]
-            for rank, own in enumerate(slices):
-                if name in forms:
-                    layout = flat_layout(forms[name], slices, rank, None)
-                    by_rank[rank][name] = _low_rank_bytes(layout.stop - layout.start, specs[name])
-                else:
-                    by_rank[rank][name] = _dense_bytes(own.stop - own.start, parameter)
-            start += elements
+    for name, parameter, slices in chain.from_iterable(cut_groups(groups, stage, world_size)):
+        for rank, own in enumerate(slices):
+            if name in forms:
+                layout = flat_layout(forms[name], slices, rank, None)
+                by_rank[rank][name] = _low_rank_bytes(layout.stop - layout.start, specs[name])
+            else:
+                by_rank[rank][name] = _dense_bytes(own.stop - own.start, parameter)
     fullest = max(by_rank, key=lambda held: sum(held.values()))
     placement = f"ZeRO-{stage}, {'parameters' if stage == 3 else 'groups'} cut in {world_size}"
     return {name: (placement, held) for name, held in fullest.items()}
