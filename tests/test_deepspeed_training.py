@@ -233,11 +233,13 @@ def test_a_json_of_ones_own_is_merged(tmp_path: Path) -> None:
         "zero_optimization": {"sub_group_size": 1000, "stage": "auto"},
         "gradient_clipping": 1.0,
         "fp16": {"enabled": False},
+        "train_batch_size": "auto",
         "steps_per_print": 5,
     }
     found = deepspeed_json(compose(["strategy=zero3", _json(tmp_path, mine)]), 2)
     assert found["zero_optimization"] == {"sub_group_size": 1000, "stage": 3}
     assert found["steps_per_print"] == 5
+    assert not {"fp16", "train_batch_size"} & set(found)
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,7 @@ def deepspeed_json(config: RunConfig, world_size: int) -> dict[str, Any]:
     """
     merged = _read(config.strategy.config) if config.strategy.config is not None else {}
     where = f"strategy.config: {config.strategy.config}"
-    problems = [
-        f"{where} has {key!r}; allowed: {_TAKEN[key]}" for key in merged if key in _TAKEN and not _off(merged[key])
-    ]
+    problems = [f"{where} has {key!r}; allowed: {_TAKEN[key]}" for key in _TAKEN if not _off(merged.pop(key, "auto"))]
     for path, value, origin in _decided(config, world_size):
         *sections, key = path.split(".")
         node = merged
@@ -55,6 +53,7 @@ def deepspeed_json(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def _off(section: Any) -> bool:
+    """Whether a taken key leaves it to the run after all."""
     return section == "auto" or (isinstance(section, dict) and section.get("enabled") is False)
 
 

@@ -57,7 +57,7 @@ class GivenParameters:
             raise RuntimeError(
                 f"the optimizer finds a one-dimensional tensor of {parameter.numel()} elements among its parameters "
                 "that it was not given; DeepSpeed's ZeRO puts such in the place of matrices. Call, after "
-                f"deepspeed.initialize:\n    {BIND}\n(New parameters of your own: `add_param_group`, or a new one)"
+                f"deepspeed.initialize:\n    {BIND}\n(For parameters of your own: `add_param_group`.)"
             )
 
     def only_warms_up(self, parameters: Sequence[Tensor], without_state: Iterable[Tensor]) -> bool:
