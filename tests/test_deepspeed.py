@@ -119,7 +119,19 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+QUICK_VARIANTS = (
+    "round_robin_2",
+    "aligned_2_round_robin",
+    "sub_groups",
+    "offload_2",
+    "accumulation_1",
+    "accumulation_3",
+)
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(each, marks=() if each in QUICK_VARIANTS else pytest.mark.slow) for each in VARIANTS]
+)
 def test_variants_of_the_layout_follow_the_same_trajectory(variant: str) -> None:
     stage, settings, world_size = VARIANTS[variant]
     for result in run_on_ranks(world_size, _trajectory, configuration(stage, **settings), "dct_adamw"):
