@@ -38,7 +38,7 @@ class BoundMatrix:
     parameter: Tensor
     layout: Layout
     dtype: torch.dtype  # of the arithmetic
-    keys: tuple[str, ...]  # of its state
+    causes: Mapping[str, str]  # by key of its state: the line of the memory ledger, or "other_state"
     captured_energy: Tensor | None = None  # share of the score in the chosen columns, at the last refresh
     previous_indices: Tensor | None = None  # what was chosen before the last refresh; empty if that was the first
 
@@ -53,7 +53,7 @@ class BoundMatrix:
 
     def state(self, of_parameter: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's tensors of this matrix, out of the state of its parameter."""
-        own = {key: local(of_parameter[self.piece.prefix + key]) for key in self.keys}
+        own = {key: local(of_parameter[self.piece.prefix + key]) for key in self.causes}
         stack = self.piece.stack
         if stack is None:
             return own
@@ -158,7 +158,8 @@ def bind_parameter(
         layout = read_layout(piece, parameter, form, replicas, None if place is None else place.group)
         dtype = arithmetic_dtype(parameter)
         specs = recipe.state(form, dtype)
-        bound.matrices.append(BoundMatrix(piece, parameter, layout, dtype, ("step", *specs)))
+        causes = {"step": "other_state"} | {key: spec.cause for key, spec in specs.items()}
+        bound.matrices.append(BoundMatrix(piece, parameter, layout, dtype, causes))
         if not state and f"{piece.prefix}step" not in fresh:  # the matrices of a stack share theirs
             fresh[f"{piece.prefix}step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             fresh |= {piece.prefix + key: _zeros(piece, layout, spec, parameter) for key, spec in specs.items()}

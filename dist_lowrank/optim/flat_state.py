@@ -47,7 +47,7 @@ def cut_flat_state(bound: BoundParameter, place: FlatPlace, saved: Mapping[str, 
 
 def _sharded_keys(matrix: BoundMatrix, state: Mapping[str, Tensor]) -> list[str]:
     """With a row for each row of the matrix; others are vectors or numbers."""
-    keys = [matrix.piece.prefix + key for key in matrix.keys]
+    keys = [matrix.piece.prefix + key for key in matrix.causes]
     return [key for key in keys if key in state and state[key].ndim == 2]
 
 
