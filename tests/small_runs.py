@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 import transformers.models.llama.modeling_llama  # noqa: F401 (imported before the fork, so that the ranks need not)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.nn.parallel import DistributedDataParallel
 
 from dist_lowrank.config import RunFolder, compose, create
 from dist_lowrank.telemetry.console import Console
@@ -58,8 +56,7 @@ def folder_of(overrides: list[str]) -> RunFolder:
 
 
 def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    model = trainer.model.module if isinstance(trainer.model, DistributedDataParallel) else trainer.model
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return trainer.strategy.whole_weights()
 
 
 def run_loop(rank: int, folder: RunFolder) -> dict[str, Any]:

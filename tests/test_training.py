@@ -96,7 +96,7 @@ def _run_with_poison(rank: int, folder: RunFolder) -> dict[str, Any]:
             if trainer.data.train.state_dict()["samples"] == 16:
                 before.update({key: value.clone() for key, value in full_weights(trainer).items()})
                 if rank == 1:
-                    local = next(trainer.model.parameters()).grad.to_local()
+                    local = next(trainer.strategy.model.parameters()).grad.to_local()
                     local[0, 0] = math.inf
             return loss
 

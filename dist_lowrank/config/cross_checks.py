@@ -15,7 +15,7 @@ def check_combinations(config: RunConfig) -> None:
     Raises:
         ConfigError: with one line per problem, each naming the key, the value and what is allowed.
     """
-    problems = [*_missing_files(config), *_sizes_that_differ(config)]
+    problems = [*_missing_files(config), *_sizes_that_differ(config), *_precision_of_zero(config)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -52,3 +52,12 @@ def _sizes_that_differ(config: RunConfig) -> list[str]:
             f"data.vocab_size: {trained} is not allowed; allowed: at most {vocabulary} (model.config.vocab_size)"
         )
     return problems
+
+
+def _precision_of_zero(config: RunConfig) -> list[str]:
+    if config.strategy.zero_stage is None or config.precision.name in ("fp32", "bf16"):
+        return []
+    return [
+        f"precision: {config.precision.name} is not allowed with strategy={config.strategy.name}; allowed: fp32, bf16 "
+        "(DeepSpeed keeps master weights in fp32)"
+    ]

@@ -215,9 +215,23 @@ class AdamWConfig:
 
 @dataclass(frozen=True, config=_CONFIG)
 class StrategyConfig:
-    name: Literal["ddp", "fsdp", "hsdp"]
+    name: Literal["ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"]
     shard_size: PositiveInt | None = None  # hsdp: ranks that share one copy of the model; null: the ranks of one node
     reshard_after_forward: bool = True  # fsdp, hsdp: free the gathered weights between forward and backward
+    config: str | None = None  # zero: a DeepSpeed JSON to merge in
+
+    @property
+    def zero_stage(self) -> int | None:
+        """Of DeepSpeed; None: torch itself spreads the model."""
+        return int(self.name.removeprefix("zero")) if self.name.startswith("zero") else None
+
+    @model_validator(mode="after")
+    def _config_is_of_zero(self) -> StrategyConfig:
+        if self.config is not None and self.zero_stage is None:
+            raise ValueError(
+                f"config: {self.config} is not allowed with {self.name}; allowed: null (or zero0, zero1, zero2, zero3)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shard_size_is_of_hsdp(self) -> StrategyConfig:

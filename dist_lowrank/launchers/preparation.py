@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 from dist_lowrank.config import ConfigError, RunConfig, RunFolder, compose, create
+from dist_lowrank.config.deepspeed_json import deepspeed_json
 from dist_lowrank.training.data import check_data
 
 
@@ -79,3 +81,10 @@ def check_world(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             f"strategy.shard_size: {shard} is not allowed with {world_size} processes; allowed: {', '.join(divisors)}"
         )
+    if config.strategy.zero_stage is not None:
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ConfigError(
+                f"strategy: {config.strategy.name} is not allowed, package deepspeed is not installed; allowed: fsdp, "
+                "hsdp, ddp (or install dist-lowrank with its extra [deepspeed])"
+            )
+        deepspeed_json(config, world_size)  # for its checks

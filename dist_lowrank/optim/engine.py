@@ -33,6 +33,7 @@ from dist_lowrank.optim.binding import (
 )
 from dist_lowrank.optim.dense import DenseOptions, dense_step, dense_waves
 from dist_lowrank.optim.flat_state import cut_flat_state, gather_flat_state
+from dist_lowrank.optim.given import GivenParameters
 from dist_lowrank.optim.options import check_choice, check_count, check_number, refuse
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.state_dict import load_into, validate_state_dict
@@ -83,6 +84,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.agree_on_gradients = agree_on_gradients
         self._steps = 0  # of this object; state counts its own
         self._flat: dict[Tensor, FlatPlace] = {}
+        self.given = GivenParameters()  # and not by DeepSpeed put in their place
         self._forget_binding()
         super().__init__(params, {**PATH_OPTIONS, **defaults})
 
@@ -94,6 +96,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._forget_binding()
         self._state = state.pop("state", {})
         super().__setstate__(state)
+        self._remember_given(only_known=hasattr(self, "given"))  # loading comes here too, copying without it
+
+    def _remember_given(self, *, only_known: bool) -> None:
+        if not only_known:
+            self.given = GivenParameters()
+        position = 0
+        for group in self.param_groups:
+            if not only_known or all(parameter in self.given for parameter in group["params"]):
+                self.given.add(group, position)
+            position += len(group["params"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LowRankOptimizer:
         for group in (self.process_group, *(place.group for place in self._flat.values())):
@@ -141,6 +153,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._only_warms_up():
+            return loss
         groups = list(zip(self.param_groups, self.bind(), strict=True))
         everything = [bound for _, members in groups for bound in members]
         self._check_before_step(everything)
@@ -164,9 +178,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for options, parameters in dense:
             for part in dense_waves(parameters, self.workspace_bytes):
                 dense_step(part, [each.state(state[each.tensor]) for each in part], options)
-        self._steps += 1
-        if self.verify_every and self._steps % self.verify_every == 0:
-            verify_columns([matrix for bound in everything for matrix in bound.matrices], state)
+        self._steps += bool(jobs)  # DeepSpeed steps group by group
+        if jobs and self.verify_every and self._steps % self.verify_every == 0:
+            verify_columns(self._matrices(), state)
         return loss
 
     def _check_before_step(self, everything: Sequence[BoundParameter]) -> None:
@@ -205,7 +219,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             parameters = group["params"]
             names = group.get("param_names") or []
             if len(names) != len(parameters):
-                names = [f"parameter_{position + index}" for index in range(len(parameters))]
+                names = [self.given.name(p) or f"parameter_{position + i}" for i, p in enumerate(parameters)]
             by_group.append(
                 [
                     self._bind_parameter(name, parameter, group)
@@ -241,6 +255,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         replicas = self._replica_mesh(parameter.device) if plain else None
         with torch.inference_mode(False), torch.no_grad():
             bound = bind_parameter(name, parameter, group, self.recipe(group), state or {}, replicas, place)
+        if place is None:
+            self.given.refuse_flat(parameter)
         if not state:
             self._state[parameter] = bound.fresh_state
             if plain:
@@ -248,6 +264,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         bound.fresh_state = {}
         self._bound[parameter] = bound
         return bound
+
+    def _only_warms_up(self) -> bool:
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        unseen = [each for each in parameters if each not in self._bound and each not in self._flat]
+        return bool(unseen) and self.given.only_warms_up(parameters, unseen)
 
     @property
     def state(self) -> Any:
@@ -308,6 +329,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()  # a refused group leaves the optimizer as it was
             raise
+        self.given.add(self.param_groups[-1], sum(len(group["params"]) for group in self.param_groups[:-1]))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for rate in ("lr", "dense_lr"):  # only here: schedulers may do with them what they like
@@ -400,8 +422,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Bytes that this rank holds, by cause; the causes are disjoint and their sum is all of the state."""
         causes_of_state = ("moments", "dense_moments", "indices", "projection", "error_feedback", "other_state")
         totals = dict.fromkeys(causes_of_state, 0)
-        self.bind()
-        for bound in self._bound.values():
+        held = {bound.parameter: bound for members in self.bind() for bound in members}
+        held |= {p: self._bound[p] for p in self._flat if p in self._bound}  # DeepSpeed empties groups between steps
+        for bound in held.values():
             causes: dict[str, str] = {}
             for matrix in bound.matrices:
                 causes |= {matrix.piece.prefix + key: spec.cause for key, spec in matrix.specs.items()}

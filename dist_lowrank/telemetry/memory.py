@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -27,20 +27,30 @@ def memory_by_cause(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
         `error_feedback`, `dictionary`, `other_state`. Where the model is on a GPU also `allocator_peak`, which is not
         a cause but the most that torch's allocator has held at once, activations and workspace included.
     """
-    counted: set[tuple[torch.device, int]] = set()
     parameters = list(model.parameters())
-    by_cause = {
-        "parameters": _storage_bytes(parameters, counted),
-        "gradients": _storage_bytes((p.grad for p in parameters if p.grad is not None), counted),
-    }
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return bytes_by_cause({"parameters": parameters, "gradients": gradients}, optimizer)
+
+
+def bytes_by_cause(tensors: Mapping[str, Iterable[torch.Tensor]], optimizer: Optimizer) -> dict[str, int]:
+    """`memory_by_cause` where parameters and gradients do not lie in the model: tensors by cause, `parameters` first.
+
+    A storage that has several causes counts for the first.
+    """
+    counted: set[tuple[torch.device, int]] = set()
+    by_cause: dict[str, int] = {}
+    device = None
+    for cause, members in tensors.items():
+        members = list(members)
+        by_cause[cause] = _storage_bytes(members, counted)
+        device = device or next((p.device for p in members if p.device.type == "cuda"), None)
     if callable(account := getattr(optimizer, "memory_bytes", None)):
         by_cause |= account()
     else:
         states = (value for state in optimizer.state.values() for value in state.values())
         by_cause["dense_moments"] = _storage_bytes((v for v in states if isinstance(v, torch.Tensor)), counted)
-    cuda_device = next((p.device for p in parameters if p.device.type == "cuda"), None)
-    if cuda_device is not None:
-        by_cause["allocator_peak"] = torch.cuda.max_memory_allocated(cuda_device)
+    if device is not None:
+        by_cause["allocator_peak"] = torch.cuda.max_memory_allocated(device)
     return by_cause
 
 

@@ -6,24 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 
-def export_model(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Any:
-    """Gathers the weights and writes safetensors, configuration and tokenizer. Collective.
+def export_model(
+    weights: dict[str, torch.Tensor], configuration: Any, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> Any:
+    """Writes safetensors, configuration and tokenizer.
+
+    Args:
+        weights: the model's state dict, on the CPU.
+        configuration: of the model, `transformers`' own.
 
     Returns:
-        On rank 0 the whole model on the CPU, on other ranks None.
+        The whole model on the CPU.
     """
-    module = model.module if isinstance(model, DistributedDataParallel) else model
-    weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if dist.get_rank() != 0:
-        return None
-    whole = AutoModelForCausalLM.from_config(module.config, trust_remote_code=False)
+    whole = AutoModelForCausalLM.from_config(configuration, trust_remote_code=False)
     whole.load_state_dict(weights)
     whole.config.use_cache = True
     disable_progress_bar()

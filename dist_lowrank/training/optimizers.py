@@ -9,9 +9,20 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from dist_lowrank.config.schema import AdamWConfig, DCTAdamWConfig, RunConfig, ScheduleConfig
+from dist_lowrank.config.schema import (
+    AdamWConfig,
+    DCTAdamWConfig,
+    ProjectedConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrionConfig,
+)
 from dist_lowrank.optim import DCTAdamW, Trion
+from dist_lowrank.optim.engine import LowRankOptimizer
+from dist_lowrank.optim.projected_adam import ProjectedAdam
 
+_CLASSES: dict[type, Any] = {DCTAdamWConfig: DCTAdamW, TrionConfig: Trion, ProjectedConfig: ProjectedAdam}
+_SWITCH_FRACTION = 0.8  # of the steps, after which GoLore draws at random
 _MOMENT_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -22,11 +33,14 @@ def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.opt
     if isinstance(config.optimizer, AdamWConfig):
         groups = [{"params": group["params"]} for group in groups]
         return torch.optim.AdamW(groups, fused=True, **options)
-    if isinstance(config.optimizer, DCTAdamWConfig):
-        options["moment_dtype"] = _MOMENT_DTYPES[config.optimizer.moment_dtype]
+    if "moment_dtype" in options:
+        options["moment_dtype"] = _MOMENT_DTYPES[options["moment_dtype"]]
+    if options.get("switch_step", 0) is None:
+        options["switch_step"] = max(1, round(_SWITCH_FRACTION * config.train.steps))
     # A training step leaves gradients of the same parameters on all ranks, so they need not ask each other.
     options |= {"seed": config.seed, "agree_on_gradients": False}
-    return (DCTAdamW if isinstance(config.optimizer, DCTAdamWConfig) else Trion)(groups, **options)
+    make: type[LowRankOptimizer] = _CLASSES[type(config.optimizer)]
+    return make(groups, **options)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps: int) -> LambdaLR:

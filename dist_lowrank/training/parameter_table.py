@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
 
 from dist_lowrank.config import ConfigError
 from dist_lowrank.config.schema import AdamWConfig, RunConfig
-from dist_lowrank.dictionaries import check_dictionary, check_transform
 from dist_lowrank.optim.dense import arithmetic_dtype
+from dist_lowrank.optim.recipe import Recipe
+from dist_lowrank.optim.state import StateTensor
+from dist_lowrank.sharding.exchanged import flat_layout
 from dist_lowrank.sharding.layouts import LayoutError, TallForm, tall_form
 from dist_lowrank.strategies import shard_count, shard_dimension
 from dist_lowrank.training.model import build_model, low_rank_forms, route
 from dist_lowrank.training.optimizers import make_optimizer
+from dist_lowrank.training.zero_layout import cut_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,43 +44,96 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
         ConfigError: what would keep the run from starting: a model that cannot be built, a pattern that matches
             nothing, a dictionary without the size or without the transform.
     """
-    _check_transform(config)
     model = build_model(config, meta=True)
     groups = route(model, config.model)
     forms = low_rank_forms(groups, config)
-    try:
-        shards = shard_count(config.strategy, world_size)
-    except LayoutError as error:
-        raise ConfigError(str(error)) from error
-    rows = []
-    specs = {}
+    specs: dict[str, dict[str, StateTensor]] = {}
     if not isinstance(config.optimizer, AdamWConfig):
-        optimizer = make_optimizer(config, groups)
-        recipe = optimizer.recipe(optimizer.param_groups[0])  # type: ignore[attr-defined]
-        specs = {name: recipe.state(form, arithmetic_dtype(model.get_parameter(name))) for name, form in forms.items()}
+        recipe = _recipe(config, groups)
+        for name, form in forms.items():
+            try:
+                recipe.subspace.check(form)
+            except ValueError as error:
+                raise ConfigError(f"optimizer.{error} (parameter {name!r} of shape {form.shape})") from error
+            specs[name] = recipe.state(form, arithmetic_dtype(model.get_parameter(name)))
+    if config.strategy.zero_stage:
+        placed = _under_zero(config.strategy.zero_stage, world_size, model, route(model, config.model), forms, specs)
+    else:
+        placed = _under_torch(config, world_size, model, forms, specs)
+    rows = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         shape = tuple(parameter.shape)
-        form = forms.get(name)
-        if form is None:
-            first = math.ceil(shape[0] / shards) if shape else 1
-            elements = first * math.prod(shape[1:])
-            state_bytes = 2 * elements * arithmetic_dtype(parameter).itemsize + 4
-            rows.append(ParameterRow(name, shape, "dense", "", None, None, _placement(config, 0), state_bytes))
-            continue
-        dimension = _checked_dimension(form, shards, name, config)
-        blocks = world_size if config.strategy.name == "ddp" else shards
-        fullest = math.ceil(form.rows / blocks)
-        state_bytes = 4 + sum(
-            spec.columns * spec.dtype.itemsize * (fullest if spec.sharded else 1) for spec in specs[name].values()
-        )
-        rows.append(
-            ParameterRow(
-                name, shape, "low-rank", _side(form), form.n, form.rank, _placement(config, dimension), state_bytes
-            )
-        )
+        if name in forms:
+            form = forms[name]
+            rows.append(ParameterRow(name, shape, "low-rank", _side(form), form.n, form.rank, *placed[name]))
+        else:
+            rows.append(ParameterRow(name, shape, "dense", "", None, None, *placed[name]))
     return rows
+
+
+def _under_torch(
+    config: RunConfig,
+    world_size: int,
+    model: nn.Module,
+    forms: Mapping[str, TallForm],
+    specs: Mapping[str, Mapping[str, StateTensor]],
+) -> dict[str, tuple[str, int]]:
+    """Placement and bytes of state on the fullest rank, by parameter name; each dimension is cut by itself.
+
+    Also of zero0, under which all ranks hold whole copies, as under ddp.
+    """
+    copies = config.strategy.name in ("ddp", "zero0")
+    try:
+        shards = 1 if copies else shard_count(config.strategy, world_size)
+    except LayoutError as error:
+        raise ConfigError(str(error)) from error
+    placed = {}
+    for name, parameter in model.named_parameters():
+        if name not in forms:
+            first = math.ceil(parameter.shape[0] / shards) if parameter.ndim else 1
+            elements = first * math.prod(parameter.shape[1:])
+            placed[name] = _placement(config, 0), _dense_bytes(elements, parameter)
+        else:
+            form = forms[name]
+            dimension = shard_dimension(form, shards) if shards > 1 else form.rows_axis
+            rows = math.ceil(form.rows / (world_size if copies else shards))
+            placed[name] = _placement(config, dimension), _low_rank_bytes(rows, specs[name])
+    return placed
+
+
+def _under_zero(
+    stage: int,
+    world_size: int,
+    model: nn.Module,
+    groups: Sequence[Mapping[str, Any]],
+    forms: Mapping[str, TallForm],
+    specs: Mapping[str, Mapping[str, StateTensor]],
+) -> dict[str, tuple[str, int]]:
+    """The same under DeepSpeed: on the rank that is the fullest in all, since a rank has much of some matrices."""
+    by_rank: list[dict[str, int]] = [{} for _ in range(world_size)]
+    for name, parameter, slices in chain.from_iterable(cut_groups(groups, stage, world_size)):
+        for rank, own in enumerate(slices):
+            if name in forms:
+                layout = flat_layout(forms[name], slices, rank, None)
+                by_rank[rank][name] = _low_rank_bytes(layout.stop - layout.start, specs[name])
+            else:
+                by_rank[rank][name] = _dense_bytes(own.stop - own.start, parameter)
+    fullest = max(by_rank, key=lambda held: sum(held.values()))
+    placement = f"ZeRO-{stage}, {'parameters' if stage == 3 else 'groups'} cut in {world_size}"
+    return {name: (placement, held) for name, held in fullest.items()}
+
+
+def _dense_bytes(elements: int, parameter: Tensor) -> int:
+    return 2 * elements * arithmetic_dtype(parameter).itemsize + 4
+
+
+def _low_rank_bytes(rows: int, specs: Mapping[str, StateTensor]) -> int:
+    """Of a matrix of which a rank has the state of this many rows."""
+    return 4 + sum(
+        spec.columns * spec.dtype.itemsize * (rows if spec.sharded else spec.rows or 1) for spec in specs.values()
+    )
 
 
 def _side(form: TallForm) -> str:
@@ -81,26 +142,16 @@ def _side(form: TallForm) -> str:
     return form.side if form.side == published else f"{form.side} (published: {published})"
 
 
-def _check_transform(config: RunConfig) -> None:
-    options = config.optimizer
-    if isinstance(options, AdamWConfig):
-        return
+def _recipe(config: RunConfig, groups: list[dict[str, Any]]) -> Recipe:
     try:
-        check_transform(options.dictionary, options.transform, options.materialize)
+        optimizer: Any = make_optimizer(config, groups)
     except ValueError as error:
         raise ConfigError(f"optimizer.{error}") from error
-
-
-def _checked_dimension(form: TallForm, shards: int, name: str, config: RunConfig) -> int:
-    assert not isinstance(config.optimizer, AdamWConfig)
-    try:
-        check_dictionary(config.optimizer.dictionary, form.n)
-    except ValueError as error:
-        raise ConfigError(f"optimizer.{error} (parameter {name!r} of shape {form.shape})") from error
-    return shard_dimension(form, shards) if shards > 1 else form.rows_axis
+    recipe: Recipe = optimizer.recipe(optimizer.param_groups[0])
+    return recipe
 
 
 def _placement(config: RunConfig, dimension: int) -> str:
-    if config.strategy.name == "ddp":
+    if config.strategy.name in ("ddp", "zero0"):
         return "Replicate"
     return f"Shard({dimension})" if config.strategy.name == "fsdp" else f"Replicate, Shard({dimension})"

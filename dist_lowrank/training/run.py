@@ -6,25 +6,23 @@ import math
 import signal
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from dist_lowrank.config import ConfigError, RunConfig, RunFolder
-from dist_lowrank.strategies import apply_strategy, autocast, gradient_sync
 from dist_lowrank.telemetry import tags
 from dist_lowrank.telemetry.console import Console, quantity
-from dist_lowrank.telemetry.memory import memory_by_cause
 from dist_lowrank.telemetry.metrics import MetricsWriter
 from dist_lowrank.telemetry.throughput import StepTimer, model_flops_per_token, peak_flops_per_second
 from dist_lowrank.training.data import load_data
 from dist_lowrank.training.evaluate import evaluate, next_token_loss
 from dist_lowrank.training.export import export_model, sample_text
-from dist_lowrank.training.model import blocks, build_model, data_with_tokenizer, family, low_rank_forms, route
-from dist_lowrank.training.optimizers import make_optimizer, make_schedule
+from dist_lowrank.training.model import blocks, build_model, data_with_tokenizer, family, route
+from dist_lowrank.training.optimizers import make_schedule
+from dist_lowrank.training.strategy import make_strategy
 
 
 def train(config: RunConfig, folder: RunFolder, device: torch.device) -> int:
@@ -77,20 +75,26 @@ class Trainer:
         except (ValueError, ConnectionError) as error:
             raise ConfigError(str(error)) from error
         model = build_model(config).to(device)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self.model_configuration = model.config
         self.flops_per_token = model_flops_per_token(model, config.data.sequence_length)
-        groups = route(model, config.model)
-        forms = low_rank_forms(groups, config)
-        self._announce(model, groups)
+        self._announce(model, route(model, config.model))
         if config.model.compile:
             for block in blocks(model):
                 block.compile()
-        self.model = apply_strategy(model, blocks(model), config.strategy, config.precision, forms, device)
-        # Sharding replaced the parameters; the names and the routing are the same.
-        self.optimizer = make_optimizer(config, route(model, config.model))
+        self.strategy = make_strategy(config, model, device)
+        self.optimizer = self.strategy.optimizer
         self.schedule = make_schedule(self.optimizer, config.schedule, config.train.steps)
         self.timer = StepTimer(device)
+        self._time_optimizer()
         self.skipped_steps = 0
         self.first_validation_loss = self.validation_loss = math.nan
+
+    def _time_optimizer(self) -> None:
+        """By hooks, because DeepSpeed calls the optimizer, and more than once per step."""
+        running = ExitStack()
+        self.optimizer.register_step_pre_hook(lambda *_: running.enter_context(self.timer.optimizer()))
+        self.optimizer.register_step_post_hook(lambda *_: running.close())
 
     def _announce(self, model: torch.nn.Module, groups: list[dict[str, Any]]) -> None:
         for group in groups:
@@ -106,7 +110,7 @@ class Trainer:
     def run(self, stop: list[int]) -> int:
         steps = self.config.train.steps
         self.console.start(steps)
-        self.metrics.text("run/parameters", "\n".join(f"    {name}: {tuple(p.shape)}" for name, p in self._named()))
+        self.metrics.text("run/parameters", "\n".join(f"    {name}: {shape}" for name, shape in self.shapes.items()))
         self._evaluate(0)
         self.first_validation_loss = self.validation_loss
         self.timer = StepTimer(self.device)
@@ -124,14 +128,11 @@ class Trainer:
             self._finish(step)
         return stopped
 
-    def _named(self) -> list[tuple[str, Any]]:
-        return list(self.model.named_parameters())
-
     def _step(self, step: int, stop: list[int]) -> int:
         """One optimizer step. Returns the number of a signal that any rank has received, or 0."""
         config = self.config
         loss = self._forward_backward()
-        norm = self._clip()
+        norm = self.strategy.prepare()
         # One sum tells all ranks the same: the mean loss, whether anything is not finite, whether to stop.
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         signalled = torch.tensor(float(bool(stop)), device=self.device)
@@ -140,47 +141,35 @@ class Trainer:
         mean_loss, bad_ranks, stopping = vote.tolist()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         due = step % config.telemetry.log_interval == 0 or step == config.train.steps
-        memory = memory_by_cause(self.model, self.optimizer) if due else {}
-        if bad_ranks:
+        memory = self.strategy.memory() if due else {}
+        if not self.strategy.step(skip=bool(bad_ranks)):
             self.skipped_steps += 1
-            self.console.line(f"step {step}: loss or gradient is not finite on {bad_ranks:.0f} ranks; update skipped")
-        else:
-            with self.timer.optimizer():
-                self.optimizer.step()
+            self.console.line(f"step {step}: loss or gradient is not finite; update skipped")
         self.schedule.step()  # also after a skipped update: the schedule follows the data
-        self.optimizer.zero_grad(set_to_none=True)
         self.timer.end_step(config.train.global_batch_size * config.data.sequence_length)
         if due:
-            self._log(step, mean_loss / self.world_size, float(norm), learning_rate, memory)
+            self._log(step, mean_loss / self.world_size, learning_rate, memory)
         return (stop[0] if stop else int(signal.SIGTERM)) if stopping else 0
 
     def _forward_backward(self) -> torch.Tensor:
         """Accumulates the gradient of this rank's part of the batch; returns its mean loss, (), nats per token."""
-        config = self.config
         batches = self.data.train.next_batch()
         samples = sum(len(batch) for batch in batches)
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
             batch = batch.to(self.device, non_blocking=True)
-            with gradient_sync(self.model, index == len(batches) - 1):
-                with autocast(config.strategy, config.precision, self.device):
-                    loss = next_token_loss(self.model, batch) * (len(batch) / samples)
-                loss.backward()  # type: ignore[no-untyped-call]
+            with self.strategy.forward():
+                loss = next_token_loss(self.strategy.model, batch) * (len(batch) / samples)
+            self.strategy.backward(loss, last=index == len(batches) - 1)
             total = total + loss.detach()
         return total
 
-    def _clip(self) -> torch.Tensor:
-        """Clips the raw gradient by its global norm; returns the norm before, ()."""
-        limit = self.config.train.clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def _log(self, step: int, loss: float, norm: float, learning_rate: float, memory: dict[str, int]) -> None:
+    def _log(self, step: int, loss: float, learning_rate: float, memory: dict[str, int]) -> None:
         times = self.timer.read()
         values: dict[str, float] = {
             tags.LOSS_TRAIN: loss,
             tags.LEARNING_RATE: float(learning_rate),
-            tags.GRADIENT_NORM: norm,
+            tags.GRADIENT_NORM: self.strategy.gradient_norm,
             tags.TOKENS_PER_SECOND: times.tokens_per_second,
             tags.OPTIMIZER_MILLISECONDS: times.optimizer_milliseconds,
             tags.OPTIMIZER_SHARE: times.optimizer_share,
@@ -215,12 +204,12 @@ class Trainer:
         config = self.config
         with self.timer.paused():
             self.validation_loss = evaluate(
-                self.model,
+                self.strategy.model,
                 self.data.validation,
                 limit=config.train.eval_sequences,
                 micro_batch_size=config.train.micro_batch_size,
                 device=self.device,
-                context=lambda: autocast(config.strategy, config.precision, self.device),
+                context=self.strategy.forward,
             )
         perplexity = math.exp(min(self.validation_loss, 700.0))
         self.metrics.log(step, {tags.LOSS_VALIDATION: self.validation_loss, tags.PERPLEXITY_VALIDATION: perplexity})
@@ -229,9 +218,11 @@ class Trainer:
     def _finish(self, step: int) -> None:
         config, line = self.config, self.console.line
         if config.train.export:
-            whole = export_model(self.model, self.data.tokenizer, self.folder.export)
-            if whole is not None and config.train.sample_tokens:
-                line(f"sample: {sample_text(whole, self.data.tokenizer, config.train.sample_tokens, config.seed)}")
+            weights = self.strategy.whole_weights()
+            if dist.get_rank() == 0:
+                whole = export_model(weights, self.model_configuration, self.data.tokenizer, self.folder.export)
+                if config.train.sample_tokens:
+                    line(f"sample: {sample_text(whole, self.data.tokenizer, config.train.sample_tokens, config.seed)}")
         if dist.get_rank() == 0:
             self.folder.mark_finished(
                 {

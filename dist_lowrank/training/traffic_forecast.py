@@ -8,14 +8,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from dist_lowrank.config.schema import AdamWConfig, RunConfig
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.traffic import PURPOSES, Collective, collectives_of_step
+from dist_lowrank.sharding.pieces import FlatPart
 from dist_lowrank.strategies import apply_strategy
 from dist_lowrank.training.model import blocks, build_model, low_rank_forms, route
 from dist_lowrank.training.optimizers import make_optimizer
+from dist_lowrank.training.zero_layout import cut_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ def forecast_traffic(config: RunConfig, world_size: int) -> list[TrafficRow]:
     """By kind of step and purpose, from the layouts of a model without storage; nothing is sent.
 
     The model is sharded as a run's, in a process group that pretends to have `world_size` ranks and is gone afterwards.
-    What DDP and FSDP2 send for gradients and weights is not counted. AdamW sends nothing.
+    What DDP, FSDP2 and DeepSpeed send for gradients and weights is not counted. AdamW sends nothing.
     """
     if isinstance(config.optimizer, AdamWConfig):
         return _by_purpose("every step", [])
@@ -53,11 +56,32 @@ def forecast_traffic(config: RunConfig, world_size: int) -> list[TrafficRow]:
 
 def _optimizer_on_layouts(config: RunConfig) -> LowRankOptimizer:
     model = build_model(config, meta=True)
-    if config.strategy.name != "ddp":  # under which the optimizer sees the plain parameters
+    if config.strategy.zero_stage:
+        return _optimizer_on_flat_tensors(config, model)
+    if config.strategy.name not in ("ddp", "zero0"):  # under which the optimizer sees the plain parameters
         forms = low_rank_forms(route(model, config.model), config)
         apply_strategy(model, blocks(model), config.strategy, config.precision, forms, torch.device("cpu"))
     optimizer = make_optimizer(config, route(model, config.model))
     assert isinstance(optimizer, LowRankOptimizer)
+    return optimizer
+
+
+def _optimizer_on_flat_tensors(config: RunConfig, model: nn.Module) -> LowRankOptimizer:
+    """As DeepSpeed's stages 1 to 3 make them."""
+    stage, rank, group_of_all = config.strategy.zero_stage, dist.get_rank(), dist.group.WORLD
+    assert stage is not None
+    assert group_of_all is not None
+    cuts = cut_groups(route(model, config.model), stage, dist.get_world_size())
+    optimizer = make_optimizer(config, route(model, config.model))
+    assert isinstance(optimizer, LowRankOptimizer)
+    for group, members in zip(optimizer.param_groups, cuts, strict=True):
+        parts, position = [], 0
+        for name, _, slices in members:
+            parts.append(FlatPart(name, position, slices))
+            position += slices[rank].stop - slices[rank].start
+        flat = nn.Parameter(torch.empty(position, device="meta"))
+        group["params"] = [flat]
+        optimizer.declare_flat_parts({flat: parts}, group_of_all)
     return optimizer
 
 

@@ -1,4 +1,4 @@
-"""How a model is spread over ranks: ddp, fsdp (FSDP2 per block), hsdp.
+"""How torch itself spreads a model over ranks: ddp, fsdp (FSDP2 per block), hsdp.
 
 The optimizers read the sharding off the parameters. What a strategy does for them is to choose, for each matrix, the
 shard dimension along which its projection is local (`Placement`).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_lowrank.config.schema import PrecisionConfig, StrategyConfig
 from dist_lowrank.sharding.layouts import LayoutError, TallForm
+
+if TYPE_CHECKING:
+    from dist_lowrank.config.schema import PrecisionConfig, StrategyConfig
 
 WEIGHT_DTYPES = {
     "fp32": torch.float32,
@@ -31,7 +33,7 @@ WEIGHT_DTYPES = {
 
 
 def shard_count(strategy: StrategyConfig, world_size: int) -> int:
-    """Ranks over which one copy of the model is cut: 1 for ddp, by default the ranks of a node for hsdp.
+    """Ranks over which torch cuts one copy of the model: 1 for ddp, by default the ranks of a node for hsdp.
 
     Raises:
         LayoutError: the copies would not be of equal size.
