@@ -149,11 +149,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group, members in groups:
             recipe = self.recipe(group)
             updated = [bound for bound in members if bound.parameter in active]
+            structure = structure_of(group)
             for bound in updated:
-                if structure_of(recipe) != bound.structure:
+                for option in [each for each in structure if structure[each] != bound.structure[each]]:
                     raise ValueError(
-                        f"rank, side, dictionary: {structure_of(recipe)} is not allowed after state was made with "
-                        f"{bound.structure}; allowed: the same"
+                        f"{option}: {structure[option]!r} is not allowed after state was made with "
+                        f"{bound.structure[option]!r}; allowed: the same"
                     )
                 jobs += [(matrix, recipe) for matrix in bound.matrices]
             dense.append((self.dense_options(group), [each for bound in updated for each in bound.dense]))
