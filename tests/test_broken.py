@@ -181,3 +181,77 @@ def test_a_gradient_that_is_not_contiguous_is_copied_once_for_all_matrices_of_a_
     with _Spare(parameter.numel()) as spare:
         optimizer.step()
     assert spare.copies == 1
+
+
+CUTS = (FlatSlice((4, 4), 0, 8), FlatSlice((4, 4), 8, 16))
+
+
+def _flat(rank: int) -> tuple[nn.Parameter, DCTAdamW]:
+    parameter = nn.Parameter(values(16)[8 * rank : 8 * rank + 8].clone())
+    parameter.grad = values(16).flip(0)[8 * rank : 8 * rank + 8].clone()
+    return parameter, DCTAdamW([("flat", parameter)], rank=2)
+
+
+def _load_what_rank_0_saved(rank: int, gathered: bool) -> str:
+    parameter, optimizer = _flat(rank)
+    optimizer.declare_flat_parts({parameter: [FlatPart("m", 0, CUTS)]}, dist.group.WORLD)
+    optimizer.step()
+    file: list[Any] = [full_state_dict(optimizer) if gathered else optimizer.state_dict()]
+    dist.broadcast_object_list(file)  # rank 0 wrote it, and all read it
+    optimizer.load_state_dict(file[0])
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return "went on"
+
+
+def test_one_ranks_part_of_flat_state_is_not_taken_for_all_ranks() -> None:
+    assert all("have loaded the same rows" in found for found in run_on_ranks(2, _load_what_rank_0_saved, False))
+    assert run_on_ranks(2, _load_what_rank_0_saved, True) == ["went on", "went on"]
+
+
+def _declared_late(rank: int, steps: int) -> str:
+    parameter, optimizer = _flat(rank)
+    optimizer.state_dict()  # makes state
+    for _ in range(steps):
+        optimizer.state[parameter]["exp_avg"].fill_(1.0)
+    try:
+        optimizer.declare_flat_parts({parameter: [FlatPart("m", 0, CUTS)]}, dist.group.WORLD)
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return "went on"
+
+
+def test_flat_parts_can_be_declared_until_there_is_something_to_lose() -> None:
+    assert run_on_ranks(2, _declared_late, 0) == ["went on", "went on"]
+    for message in run_on_ranks(2, _declared_late, 1):
+        assert "flat parts ['m']: declared after steps; allowed: before the first step" in message
+
+
+def _gap(rank: int) -> str:
+    parameter, optimizer = _flat(rank)
+    gap = (FlatSlice((16,), 0, 7), FlatSlice((16,), 8, 16))
+    optimizer.declare_flat_parts({parameter: [FlatPart("bias", 0, gap)]}, dist.group.WORLD)
+    with pytest.raises(ValueError, match="rank 1 starts at 8; allowed: 7") as caught:
+        optimizer.bind()
+    return str(caught.value)
+
+
+def test_a_gap_between_slices_is_refused_on_the_dense_path_too() -> None:
+    assert run_on_ranks(2, _gap)
+
+
+def test_state_saved_before_an_option_existed_loads_with_the_optimizers_own() -> None:
+    parameter = nn.Parameter(torch.ones(3, 6, 4))
+    optimizer = DCTAdamW([{"params": [("w", parameter)], "higher_dims": "stack"}], rank=2)
+    parameter.grad = values(3, 6, 4).float()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"] = [{"params": [0], "lr": 0.5}]
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert optimizer.param_groups[0]["higher_dims"] == "stack"
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.param_groups[0]["params"] == [parameter]

@@ -226,11 +226,14 @@ def _checksum(parameter: Tensor) -> Tensor:
     return data.flatten().view(integer).sum(dtype=torch.int64).add_(shape)
 
 
-def check_loaded_shards(shards: Sequence[DTensor]) -> None:
+def check_loaded_shards(shards: Sequence[DTensor], flat: Sequence[tuple[dist.ProcessGroup, Tensor]] = ()) -> None:
     """Refuses shards of state that one rank saved and several loaded. Collective.
 
     A state dict that rank 0 pickled has rank 0's rows in its DTensors, and they fit everywhere if rows divide evenly.
     Ranks whose parts are the same in every tensor, to the bit, have loaded such a file.
+
+    Args:
+        flat: cut state of flat tensors, and the ranks among which it is cut.
 
     Raises:
         RuntimeError: on every rank.
@@ -241,6 +244,8 @@ def check_loaded_shards(shards: Sequence[DTensor]) -> None:
         for axis, placement in enumerate(tensor.placements):
             if isinstance(placement, Shard) and mesh.size(axis) > 1:
                 by_group.setdefault(mesh.get_group(axis), []).append(local(tensor))
+    for group, part in flat:
+        by_group.setdefault(group, []).append(part)
     for group, members in by_group.items():
         own = torch.stack(list(map(_checksum, members)))
         differing = {rank for rank, _ in ranks_that_differ(own, group)}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.exchanged import FlatSlice, check_slices
 from dist_lowrank.sharding.layouts import LayoutError, chunk_range
 
 HIGHER_DIMS = ("dense", "stack", "flatten")
@@ -223,6 +223,7 @@ def _cut_flat(
 ) -> list[Piece]:
     """The pieces of a parameter of which each rank holds a run of row-major elements."""
     shape = slices[0].shape
+    check_slices(shape, slices)
     blocks = _blocks(name, shape, options)
     if options["low_rank"] and options["split"] is not None and blocks and options["split_dim"] != 0:
         raise LayoutError(f"parameter {name!r}: split_dim={options['split_dim']} of a flat slice; allowed: 0")
