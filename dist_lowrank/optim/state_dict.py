@@ -34,7 +34,7 @@ def validate_state_dict(
     for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         options = STRUCTURAL_OPTIONS + (("seed",) if group.get("dictionary") == "random" else ())
         for option in options:
-            if option in group and option in saved_group and group[option] != saved_group[option]:
+            if option in group and option in saved_group and _plain(group[option]) != _plain(saved_group[option]):
                 raise ValueError(
                     f"{option}: the saved state of parameter group {number} has {saved_group[option]!r}, this "
                     f"optimizer has {group[option]!r}; allowed: the same"
@@ -43,6 +43,10 @@ def validate_state_dict(
         for name, parameter, index in zip(names, group["params"], saved_group["params"], strict=True):
             if state.get(parameter):  # frozen parameters have none
                 _validate_parameter(name, state[parameter], incoming["state"].get(index, {}))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value  # files know no tuples
 
 
 def _validate_parameter(name: str, kept: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
