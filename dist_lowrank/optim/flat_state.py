@@ -40,15 +40,21 @@ def cut_flat_state(bound: BoundParameter, place: FlatPlace, saved: Mapping[str, 
     for dense in bound.dense:
         run = dense.piece.flat[place.group.rank()]
         for key in _moments(dense):
-            if key in saved and tuple(saved[key].shape) == dense.piece.shape:
+            if isinstance(saved.get(key), Tensor) and tuple(saved[key].shape) == dense.piece.shape:
                 own[key] = saved[key].reshape(-1)[run.start : run.stop]
     return own
+
+
+def cut_tensors(bound: BoundParameter, state: Mapping[str, Tensor]) -> list[Tensor]:
+    """The state of a flat tensor's pieces of which each rank has a part."""
+    keys = [key for matrix in bound.matrices for key in _sharded_keys(matrix, state)]
+    return [state[key] for key in keys + [key for dense in bound.dense for key in _moments(dense)]]
 
 
 def _sharded_keys(matrix: BoundMatrix, state: Mapping[str, Tensor]) -> list[str]:
     """With a row for each row of the matrix; others are vectors or numbers."""
     keys = [matrix.piece.prefix + key for key in matrix.causes]
-    return [key for key in keys if key in state and state[key].ndim == 2]
+    return [key for key in keys if isinstance(state.get(key), Tensor) and state[key].ndim == 2]
 
 
 def _moments(dense: DenseParameter) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_lowrank.dictionaries import Dictionary, DictionaryCache
 from dist_lowrank.optim.binding import BoundMatrix
-from dist_lowrank.optim.dense import local_gradient, part_of_gradient
+from dist_lowrank.optim.dense import local_gradients
 from dist_lowrank.optim.recipe import SCALES, Recipe, Update, low_rank_rule
 from dist_lowrank.optim.rounding import RandomBits, RowNoise, store_weight
 from dist_lowrank.optim.transient import held_bytes
@@ -55,26 +55,24 @@ def count_steps(jobs: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
 
 def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]], cache: DictionaryCache) -> None:
     """Updates the matrices of a wave. Collective over the ranks that share them."""
+    # Also of matrices that other ranks hold: this can be collective.
+    by_parameter = local_gradients([(matrix.parameter, matrix.piece) for matrix, _ in wave])
     wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
     layouts = [matrix.layout for matrix, _ in wave]
-    by_parameter: dict[Tensor, Tensor] = {}
-    for matrix, _ in wave:
-        if matrix.parameter not in by_parameter:
-            by_parameter[matrix.parameter] = local_gradient(matrix.parameter)
-    gradients = [part_of_gradient(matrix.piece, by_parameter[matrix.parameter]) for matrix, _ in wave]
+    gradients = [matrix.piece.view(by_parameter[matrix.parameter]) for matrix, _ in wave]
     rows = fetch_rows(layouts, gradients, [matrix.dtype for matrix, _ in wave])
     dictionaries = [_dictionary(matrix, recipe, cache) for matrix, recipe in wave]
     tasks, chosen_before, random = [], [], []
-    for (matrix, recipe), own_rows, dictionary in zip(wave, rows, dictionaries, strict=True):
+    for index, ((matrix, recipe), dictionary) in enumerate(zip(wave, dictionaries, strict=True)):
         own = matrix.state(state[matrix.parameter])
         step = int(own["step"])
         chosen_before.append(own["indices"][: 0 if step == 1 else None].clone())
         layout, bits = matrix.layout, RandomBits(recipe.seed, matrix.name, step)
         noise = RowNoise(bits, layout.start)
-        rule = low_rank_rule(own_rows, own, step, recipe, layout.form, dictionary, noise, layout.owned)
+        rule = low_rank_rule(rows[index], own, step, recipe, layout.form, dictionary, noise, layout.owned)
         random.append(bits)
         tasks.append(Task(rule, matrix.layout.group))
-    del by_parameter, gradients, rows, own_rows  # the rules have them, and let go of them as soon as they can
+    del by_parameter, gradients, rows  # the rules have them, and let go of them as soon as they can
     updates = run_rounds(tasks)
     directions = gather_coefficients(layouts, [update.direction for update in updates])
     lifted = [
