@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-OPTIMIZERS = ("DCTAdamW", "Trion")
+OPTIMIZERS = ("DCTAdamW", "Trion", "GaLore", "GoLore", "Fira", "Frugal", "Apollo", "LDAdam")
 STRATEGIES = (
     *("one process", "DDP", "FSDP2", "HSDP", "flat slices", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"),
     *("FSDP1", "layer-wise hooks", "strided shards", "two sharded mesh dimensions"),
@@ -37,7 +37,7 @@ _STRATEGY_NAMES = {
     "flat": "flat slices",
     **{f"zero{stage}": f"ZeRO-{stage}" for stage in range(4)},
 }
-_OPTIMIZER_BEGINNINGS = {"dct_adamw": "DCTAdamW", "trion": "Trion"}
+_OPTIMIZER_BEGINNINGS = {"dct_adamw": "DCTAdamW"} | {name.lower(): name for name in OPTIMIZERS[1:]}
 
 
 def supports(

@@ -12,14 +12,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from dist_lowrank.config import ConfigError, compose, digest, from_dict, to_dict
 from dist_lowrank.config.compose import config_directory, group_options
-from dist_lowrank.config.schema import AdamWConfig, DCTAdamWConfig, HubData, TrionConfig
+from dist_lowrank.config.schema import AdamWConfig, DCTAdamWConfig, HubData, ProjectedConfig, TrionConfig
+from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, LDAdam
 
 DEFAULT = compose()
 RANK = "an integer >= 1 (number of columns) or a float in (0, 1] (fraction of n)"
+OPTIMIZERS = (
+    "adamw, apollo, apollo_mini, dct_adamw, dct_adamw_published, fira, frugal, galore, galore2, golore, ldadam, trion"
+)
 OPTIONS = [
     f"{group}={name}"
     for group, names in group_options(config_directory()).items()
@@ -36,7 +41,7 @@ def refusal(*overrides: str) -> str:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_every_group_composes_and_survives_json(option: str) -> None:
-    config = compose([option])
+    config = compose(["optimizer=galore", option] if option.startswith("optimizer/") else [option])
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
@@ -142,10 +147,10 @@ def test_optimizer_files_list_every_key_with_the_default_of_the_schema(name: str
         ("model.low_rank=q_proj", "model.low_rank", "q_proj", "a list of text or null"),
         ("name=../escape", "name", "../escape", "text of letters, digits"),
         ("data=text", "data.path", "missing", "text"),
-        ("optimizer.name=sgd", "optimizer.name", "sgd", "adamw, dct_adamw, trion"),
-        ("optimizer=sgd", "optimizer", "sgd", "adamw, dct_adamw, dct_adamw_published, trion"),
-        ("optimizer=null", "optimizer", "null", "adamw, dct_adamw, dct_adamw_published, trion"),
-        ("optimizer=[trion,adamw]", "optimizer", '["trion", "adamw"]', "adamw, dct_adamw, dct_adamw_published, trion"),
+        ("optimizer.name=sgd", "optimizer.name", "sgd", "adamw, apollo"),
+        ("optimizer=sgd", "optimizer", "sgd", OPTIMIZERS),
+        ("optimizer=null", "optimizer", "null", OPTIMIZERS),
+        ("optimizer=[trion,adamw]", "optimizer", '["trion", "adamw"]', OPTIMIZERS),
         ("strategy.shard_size=2", "strategy.shard_size", "2", "null"),
         ("model=pretrained", "model.pretrained", "null", "a folder or hub name"),
         ("data=text data.path=/no/such/file", "data.path", "/no/such/file", "a text file, a folder"),
@@ -289,3 +294,47 @@ def test_an_installed_package_uses_the_configuration_inside_it(tmp_path: Path) -
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=empty, env=environment)
     assert result.stdout == "77\n"
+
+
+PRESETS = {
+    "galore": GaLore,
+    "golore": GoLore,
+    "fira": Fira,
+    "frugal": Frugal,
+    "apollo": Apollo,
+    "ldadam": LDAdam,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_presets_of_the_command_line_are_those_of_python(name: str) -> None:
+    config = compose([f"optimizer={name}", "model=llama_60m"]).optimizer
+    options = {"switch_step": 1} if name == "golore" else {}
+    defaults = PRESETS[name]([torch.nn.Parameter(torch.ones(2, 2))], **options).defaults
+    for field in dataclasses.fields(config):
+        if field.name not in ("name", "switch_step"):
+            assert getattr(config, field.name) == defaults[field.name], field.name
+
+
+def test_a_part_of_a_recipe_is_one_override() -> None:
+    config = compose(["optimizer=fira", "optimizer/subspace=dct2", "optimizer/moments=adam_int8"]).optimizer
+    assert isinstance(config, ProjectedConfig)
+    assert (config.name, config.subspace, config.moment_dtype, config.residual) == (
+        "fira",
+        "dct2",
+        "int8",
+        "norm_scaled",
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer=fira", "optimizer/subspace=pca"], "optimizer/subspace: pca is not allowed"),
+        (["optimizer=fira", "optimizer.subspace=pca"], "optimizer.subspace: pca is not allowed"),
+        (["optimizer=adamw", "optimizer/subspace=dct2"], "optimizer/subspace"),
+    ],
+)
+def test_a_part_that_does_not_exist_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose(overrides)

@@ -20,6 +20,7 @@ from projected_references import (
     signed,
 )
 from references import initial_weight, prescribed_gradients
+from support_matrix import supports
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -188,12 +189,17 @@ def _trajectory(rank: int, method: str, strategy: str, world_size: int) -> dict[
     make, options, *_ = METHODS[method]
     model = nn.ParameterDict({name: nn.Parameter(initial_weight(shape)) for name, shape in SHAPES.items()})
     cuts: dict[str, list[tuple[int, int]]] = {}
-    if strategy.startswith("fsdp"):
+    if strategy in ("fsdp", "fsdp_rows", "hsdp"):
+        shape, names = (
+            ((2, world_size // 2), ("replicas", "shards")) if strategy == "hsdp" else ((world_size,), ("all",))
+        )
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        shards = mesh.size(mesh.ndim - 1)
 
         def placement(p: nn.Parameter) -> Shard:
-            return Shard(int(strategy == "fsdp" and p.shape[0] < p.shape[1] and p.shape[1] % world_size == 0))
+            return Shard(int(strategy != "fsdp_rows" and p.shape[0] < p.shape[1] and p.shape[1] % shards == 0))
 
-        fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)), shard_placement_fn=placement)
+        fully_shard(model, mesh=mesh, shard_placement_fn=placement)
     if strategy == "flat":
         for name, shape in SHAPES.items():
             total = shape[0] * shape[1]
@@ -232,18 +238,24 @@ def _assert_equal(found: dict[str, list[Tensor]], method: str, tolerance: float)
             assert difference <= tolerance, f"{name}, step {step}: off by {difference}"
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_twenty_steps_equal_the_reference(method: str) -> None:
-    _assert_equal(_trajectory(0, method, "one", 1), method, 1e-10)
+@supports("exact", strategy="one process")
+@pytest.mark.parametrize("optimizer", METHODS)
+def test_twenty_steps_equal_the_reference(optimizer: str) -> None:
+    _assert_equal(_trajectory(0, optimizer, "one", 1), optimizer, 1e-10)
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = [("ddp", 4), ("fsdp", 4), ("fsdp_rows", 3), ("hsdp", 4), ("flat", 3)]
+SLOW = [("ddp", 2), ("ddp", 3), ("fsdp", 2), ("fsdp_rows", 2), ("fsdp_rows", 4), ("flat", 2), ("flat", 4)]
+
+
+@supports("exact")
+@pytest.mark.parametrize("optimizer", METHODS)
 @pytest.mark.parametrize(
-    ("strategy", "world_size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("fsdp_rows", 3), ("flat", 3)]
+    ("strategy", "world_size"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
-def test_twenty_steps_equal_the_reference_under_sharding(method: str, strategy: str, world_size: int) -> None:
-    for found in run_on_ranks(world_size, _trajectory, method, strategy, world_size):
-        _assert_equal(found, method, 1e-9)
+def test_twenty_steps_equal_the_reference_under_sharding(optimizer: str, strategy: str, world_size: int) -> None:
+    for found in run_on_ranks(world_size, _trajectory, optimizer, strategy, world_size):
+        _assert_equal(found, optimizer, 1e-9)
 
 
 def test_random_numbers_of_a_matrix_are_normal_and_change_with_each_choice() -> None:

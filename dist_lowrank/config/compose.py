@@ -71,8 +71,8 @@ def config_directory() -> Path:
 def group_options(directory: Path) -> dict[str, list[str]]:
     """The configuration groups and the names that each can be set to."""
     return {
-        group.name: sorted(option.stem for option in group.glob("*.yaml"))
-        for group in directory.iterdir()
+        group.relative_to(directory).as_posix(): sorted(option.stem for option in group.glob("*.yaml"))
+        for group in directory.rglob("*")
         if group.is_dir()
     }
 

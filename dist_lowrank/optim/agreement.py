@@ -27,15 +27,20 @@ def agree_on_gradients(parameters: Sequence[BoundParameter], ask_others: bool) -
     for group, members in _by_group(parameters, replicated=False):
         flags = _maximum([bound.parameter in active for bound in members], members, group)
         active |= {bound.parameter for bound, flag in zip(members, flags, strict=True) if flag}
+    present, absent = set(active), {bound.parameter for bound in parameters} - active
+    # What a group has found goes on to the next, and nobody stops in between: with replicas over two mesh dimensions,
+    # ranks that saw nothing amiss would wait for those that did.
     for group, members in _by_group(parameters, replicated=True):
-        own = [bound.parameter in active for bound in members]
-        somewhere = _maximum([*own, *(not flag for flag in own)], members, group)
-        for bound, present, absent in zip(members, somewhere, somewhere[len(members) :], strict=False):
-            if present and absent:
-                raise RuntimeError(
-                    f"parameter {bound.name!r} has a gradient on some of the ranks that hold replicas of it, and none "
-                    "on others; allowed: on all or on none (DDP sees to it with find_unused_parameters=True)"
-                )
+        own = [bound.parameter in present for bound in members] + [bound.parameter in absent for bound in members]
+        somewhere = _maximum(own, members, group)
+        present |= {bound.parameter for bound, flag in zip(members, somewhere, strict=False) if flag}
+        absent |= {bound.parameter for bound, flag in zip(members, somewhere[len(members) :], strict=True) if flag}
+    for bound in parameters:
+        if bound.parameter in present and bound.parameter in absent:
+            raise RuntimeError(
+                f"parameter {bound.name!r} has a gradient on some of the ranks that hold replicas of it, and none "
+                "on others; allowed: on all or on none (DDP sees to it with find_unused_parameters=True)"
+            )
     return active
 
 

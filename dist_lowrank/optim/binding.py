@@ -7,6 +7,7 @@ all of its state at once, so that keys agree everywhere.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from dist_lowrank.optim.dense import DenseParameter, arithmetic_dtype, dense_state
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.state import StateTensor
+from dist_lowrank.optim.state_dict import STRUCTURAL_OPTIONS
 from dist_lowrank.sharding.layouts import Layout, LayoutError, local, tall_form
 from dist_lowrank.sharding.pieces import FlatPlace, Piece, cut_parameter
 from dist_lowrank.sharding.reading import read_layout, sharded_axis
@@ -65,7 +67,7 @@ class BoundParameter:
 
     name: str
     parameter: Tensor
-    structure: tuple[Any, ...]  # the options that fix the shapes and the meaning of state
+    structure: Mapping[str, Any]  # the options that fix the shapes and the meaning of state
     sharers: tuple[tuple[dist.ProcessGroup, bool], ...]  # groups of several ranks; whether they hold replicas
     matrices: list[BoundMatrix] = field(default_factory=list)
     dense: list[DenseParameter] = field(default_factory=list)
@@ -98,8 +100,10 @@ def sharers_of(
     return ((replicas.get_group(), True),) if replicas is not None and replicas.size() > 1 else ()
 
 
-def structure_of(recipe: Recipe) -> tuple[Any, ...]:
-    return recipe.rank, recipe.side, *recipe.subspace.structure
+def structure_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group that state follows."""
+    names = (*STRUCTURAL_OPTIONS, "rank", "column_bias_correction")
+    return {name: copy.copy(options.get(name)) for name in names}
 
 
 def bind_parameter(
@@ -135,7 +139,7 @@ def bind_parameter(
             f"parameter {name!r} is flattened by FSDP1 (FullyShardedDataParallel), so that no matrix can be told from "
             "it; allowed: FSDP2, `torch.distributed.fsdp.fully_shard`"
         )
-    bound = BoundParameter(name, parameter, structure_of(recipe), sharers_of(parameter, replicas, place))
+    bound = BoundParameter(name, parameter, structure_of(options), sharers_of(parameter, replicas, place))
     fresh = bound.fresh_state
     for piece in cut_parameter(name, parameter, options, place):
         if not piece.whole and not local(parameter).is_contiguous():
@@ -223,11 +227,14 @@ def _checksum(parameter: Tensor) -> Tensor:
     return data.flatten().view(integer).sum(dtype=torch.int64).add_(shape)
 
 
-def check_loaded_shards(shards: Sequence[DTensor]) -> None:
+def check_loaded_shards(shards: Sequence[DTensor], flat: Sequence[tuple[dist.ProcessGroup, Tensor]] = ()) -> None:
     """Refuses shards of state that one rank saved and several loaded. Collective.
 
     A state dict that rank 0 pickled has rank 0's rows in its DTensors, and they fit everywhere if rows divide evenly.
     Ranks whose parts are the same in every tensor, to the bit, have loaded such a file.
+
+    Args:
+        flat: cut state of flat tensors, and the ranks among which it is cut.
 
     Raises:
         RuntimeError: on every rank.
@@ -238,6 +245,8 @@ def check_loaded_shards(shards: Sequence[DTensor]) -> None:
         for axis, placement in enumerate(tensor.placements):
             if isinstance(placement, Shard) and mesh.size(axis) > 1:
                 by_group.setdefault(mesh.get_group(axis), []).append(local(tensor))
+    for group, part in flat:
+        by_group.setdefault(group, []).append(part)
     for group, members in by_group.items():
         own = torch.stack(list(map(_checksum, members)))
         differing = {rank for rank, _ in ranks_that_differ(own, group)}

@@ -35,10 +35,6 @@ class DictionaryColumns:
         check_transform(self.dictionary, self.transform, self.materialize)
         check_choice("ranking", self.ranking, RANKINGS)
 
-    @property
-    def structure(self) -> tuple[object, ...]:
-        return (self.dictionary,)
-
     def scratch_elements(self, form: TallForm) -> int:
         return 0 if self.materialize else 8 * min(form.rank * form.n, BLOCK_ELEMENTS)  # 64-bit integers and the entry
 

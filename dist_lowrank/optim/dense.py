@@ -74,9 +74,14 @@ def local_gradient(parameter: Tensor) -> Tensor:
     return local(gradient)
 
 
-def part_of_gradient(piece: Piece, gradient: Tensor) -> Tensor:
-    """The part of a piece in the local gradient of its parameter."""
-    return piece.view(gradient if piece.whole else gradient.contiguous())
+def local_gradients(pieces: Sequence[tuple[Tensor, Piece]]) -> dict[Tensor, Tensor]:
+    """By parameter: the local part of its gradient, once for all of its pieces; contiguous where they are views."""
+    by_parameter: dict[Tensor, Tensor] = {}
+    for parameter, piece in pieces:
+        if parameter not in by_parameter:
+            gradient = local_gradient(parameter)
+            by_parameter[parameter] = gradient if piece.whole else gradient.contiguous()
+    return by_parameter
 
 
 def dense_state(parameter: DenseParameter) -> dict[str, Tensor]:
@@ -121,8 +126,9 @@ def dense_step(
     weights = [parameter.piece.view(local(parameter.tensor.detach())) for parameter in parameters]
     # The fused kernel walks memory without regard to strides: it gets contiguous tensors, the weight itself if it can.
     wide = [weight.to(arithmetic_dtype(weight)).contiguous() for weight in weights]
+    by_parameter = local_gradients([(parameter.tensor, parameter.piece) for parameter in parameters])
     gradients = [
-        part_of_gradient(parameter.piece, local_gradient(parameter.tensor)).to(weight.dtype).contiguous()
+        parameter.piece.view(by_parameter[parameter.tensor]).to(weight.dtype).contiguous()
         for parameter, weight in zip(parameters, wide, strict=True)
     ]
     adamw(

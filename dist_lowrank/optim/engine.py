@@ -32,7 +32,7 @@ from dist_lowrank.optim.binding import (
     structure_of,
 )
 from dist_lowrank.optim.dense import DenseOptions, dense_step, dense_waves
-from dist_lowrank.optim.flat_state import cut_flat_state, gather_flat_state
+from dist_lowrank.optim.flat_state import cut_flat_state, cut_tensors, gather_flat_state
 from dist_lowrank.optim.given import GivenParameters
 from dist_lowrank.optim.options import check_choice, check_count, check_number, refuse
 from dist_lowrank.optim.recipe import Recipe
@@ -163,11 +163,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group, members in groups:
             recipe = self.recipe(group)
             updated = [bound for bound in members if bound.parameter in active]
+            structure = structure_of(group)
             for bound in updated:
-                if structure_of(recipe) != bound.structure:
+                for option in [each for each in structure if structure[each] != bound.structure[each]]:
                     raise ValueError(
-                        f"rank, side, dictionary: {structure_of(recipe)} is not allowed after state was made with "
-                        f"{bound.structure}; allowed: the same"
+                        f"{option}: {structure[option]!r} is not allowed after state was made with "
+                        f"{bound.structure[option]!r}; allowed: the same"
                     )
                 jobs += [(matrix, recipe) for matrix in bound.matrices]
             dense.append((self.dense_options(group), [each for bound in updated for each in bound.dense]))
@@ -196,7 +197,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self._shards_loaded:
             self._shards_loaded = False
             tensors = [tensor for bound in everything for tensor in self._state[bound.parameter].values()]
-            check_loaded_shards([tensor for tensor in tensors if isinstance(tensor, DTensor)])
+            flat = [
+                (self._flat[bound.parameter].group, tensor)
+                for bound in everything
+                if bound.parameter in self._flat
+                for tensor in cut_tensors(bound, self._state[bound.parameter])
+            ]
+            check_loaded_shards([tensor for tensor in tensors if isinstance(tensor, DTensor)], flat)
 
     # Binding and state --------------------------------------------------------------------------------------------
 
@@ -291,7 +298,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 belong to no part (padding) are left alone.
 
         Raises:
-            ValueError: parts that do not lie one after the other within their parameter.
+            ValueError: parts that do not lie one after the other within their parameter, or one that was updated before
+                its parts were known.
         """
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         for parameter, members in parts.items():
@@ -309,7 +317,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     f"flat parts: {position} elements for a parameter of shape {tuple(parameter.shape)}; allowed: one "
                     "dimension, and no more elements than it has"
                 )
-            self._flat[parameter] = FlatPlace(tuple(members), group)
+            place, state = FlatPlace(tuple(members), group), self._state.get(parameter, {})
+            if place != self._flat.get(parameter):  # state for other parts, or none, is of other shapes
+                if any(tensor.any() for tensor in state.values()):
+                    names = [part.name for part in members]
+                    raise ValueError(f"flat parts {names}: declared after steps; allowed: before the first step")
+                self._state.pop(parameter, None)
+                self._unchecked = [(name, p) for name, p in self._unchecked if p is not parameter]
+            self._flat[parameter] = place
             self._bound.pop(parameter, None)
 
     def _replica_mesh(self, device: torch.device) -> DeviceMesh | None:
@@ -394,12 +409,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for group, saved_group in zip(self.param_groups, incoming["param_groups"], strict=False):
                 self._check_group({**group, **saved_group})
             saved.extend(incoming["state"].get(i, {}) for group in incoming["param_groups"] for i in group["params"])
-            return {**incoming, "state": {}}
+            # What the file does not say, such as options that came later, stays as it is.
+            pairs = zip(self.param_groups, incoming["param_groups"], strict=False)
+            filled = [{**group, **saved_group} for group, saved_group in pairs]
+            filled += incoming["param_groups"][len(filled) :]
+            return {**incoming, "state": {}, "param_groups": filled}
 
         def put_state_back(_: Any) -> None:
             self._state, self._unchecked = kept, unchecked
             load_into([p for group in self.param_groups for p in group["params"]], kept, saved)
-            self._shards_loaded = any(isinstance(value, DTensor) for state in saved for value in state.values())
+            loaded = [value for state in saved for value in state.values()]
+            self._shards_loaded = bool(self._flat) or any(isinstance(value, DTensor) for value in loaded)
             # The groups are new objects now; what is replaced in them from here on is to be noticed.
             self._bound_members = [(group, list(group["params"])) for group in self.param_groups]
             for matrix in self._matrices():

@@ -40,14 +40,20 @@ def cut_flat_state(bound: BoundParameter, place: FlatPlace, saved: Mapping[str, 
     for dense in bound.dense:
         run = dense.piece.flat[place.group.rank()]
         for key in _moments(dense):
-            if key in saved and tuple(saved[key].shape) == dense.piece.shape:
+            if isinstance(saved.get(key), Tensor) and tuple(saved[key].shape) == dense.piece.shape:
                 own[key] = saved[key].reshape(-1)[run.start : run.stop]
     return own
 
 
+def cut_tensors(bound: BoundParameter, state: Mapping[str, Tensor]) -> list[Tensor]:
+    """The state of a flat tensor's pieces of which each rank has a part."""
+    keys = [key for matrix in bound.matrices for key in _sharded_keys(matrix, state)]
+    return [state[key] for key in keys + [key for dense in bound.dense for key in _moments(dense)]]
+
+
 def _sharded_keys(matrix: BoundMatrix, state: Mapping[str, Tensor]) -> list[str]:
     keys = [matrix.piece.prefix + key for key, spec in matrix.specs.items() if spec.sharded]
-    return [key for key in keys if key in state]
+    return [key for key in keys if isinstance(state.get(key), Tensor)]
 
 
 def _moments(dense: DenseParameter) -> list[str]:

@@ -94,10 +94,6 @@ class _Stored:
 
     uses_momentum: ClassVar[bool] = False
 
-    @property
-    def structure(self) -> tuple[object, ...]:
-        return (type(self).__name__,)
-
     def check(self, form: TallForm) -> None:
         pass
 
@@ -222,10 +218,6 @@ class RandomProjection:
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, ("gaussian", "orthonormal", "coordinates"))
-
-    @property
-    def structure(self) -> tuple[object, ...]:
-        return (type(self).__name__, self.kind)
 
     def check(self, form: TallForm) -> None:
         pass

@@ -102,7 +102,8 @@ def store_weight(
         weight.copy_(values)
         return
     if not weight.ndim:
-        weight, values, offset, shape = weight.view(1), values.view(1), (0,), (1,)
+        weight, values, offset = weight.view(1), values.view(1), (0,)
+    shape = shape or (1,)  # also of a run of elements of a number
     for rows in row_chunks(weight.shape[0], weight[:1].numel()):
         chunk = values[rows].float()
         begin, known = (offset[0] + rows.start, *offset[1:]), shape[: chunk.ndim]  # only the last dimensions matter

@@ -12,8 +12,11 @@ from torch.distributed.tensor import DTensor
 from dist_lowrank.sharding.layouts import local, local_part
 
 # Options that give stored numbers their meaning; the shapes of the state tell the rest (rank, residual).
-_STRUCTURAL_OPTIONS = (
+STRUCTURAL_OPTIONS = (
     "dictionary",
+    "subspace",
+    "residual",
+    "bias_correction",
     "side",
     "moment_dtype",
     "error_feedback",
@@ -32,9 +35,10 @@ def validate_state_dict(
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
         return  # torch's own error says it
     for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
-        options = _STRUCTURAL_OPTIONS + (("seed",) if group.get("dictionary") == "random" else ())
+        drawn = {group.get("dictionary"), group.get("subspace")} & {"random", "gaussian", "stiefel", "coordinates"}
+        options = STRUCTURAL_OPTIONS + (("seed",) if drawn else ())
         for option in options:
-            if option in group and option in saved_group and group[option] != saved_group[option]:
+            if option in group and option in saved_group and _plain(group[option]) != _plain(saved_group[option]):
                 raise ValueError(
                     f"{option}: the saved state of parameter group {number} has {saved_group[option]!r}, this "
                     f"optimizer has {group[option]!r}; allowed: the same"
@@ -43,6 +47,10 @@ def validate_state_dict(
         for name, parameter, index in zip(names, group["params"], saved_group["params"], strict=True):
             if state.get(parameter):  # frozen parameters have none
                 _validate_parameter(name, state[parameter], incoming["state"].get(index, {}))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value  # files know no tuples
 
 
 def _validate_parameter(name: str, kept: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -101,4 +109,8 @@ def full_state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _full(value: Any) -> Any:
-    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
+    if not isinstance(value, DTensor):
+        return value.clone()
+    if value.dtype == torch.int16:  # which gloo does not send
+        return value.to(torch.int32).full_tensor().to(torch.int16)  # type: ignore[attr-defined]
+    return value.full_tensor()

@@ -82,10 +82,6 @@ class Subspace(Protocol):
 
     uses_momentum: ClassVar[bool]  # to choose
 
-    @property
-    def structure(self) -> tuple[object, ...]:
-        """The options that give stored state its meaning."""
-
     def scratch_elements(self, form: TallForm) -> int:
         """What choosing or making the basis needs beside coordinates and statistics, in elements of four bytes."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_lowrank.dictionaries import DictionaryCache
 from dist_lowrank.optim.binding import BoundMatrix
-from dist_lowrank.optim.dense import local_gradient, part_of_gradient
+from dist_lowrank.optim.dense import local_gradients
 from dist_lowrank.optim.recipe import SCALES, Recipe, Update, low_rank_rule
 from dist_lowrank.optim.rounding import RandomBits, RowNoise, store_weight
 from dist_lowrank.optim.subspace import Place
@@ -56,30 +56,28 @@ def count_steps(jobs: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
 
 def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]], cache: DictionaryCache) -> None:
     """Updates the matrices of a wave. Collective over the ranks that share them."""
+    # Also of matrices that other ranks hold: this can be collective.
+    by_parameter = local_gradients([(matrix.parameter, matrix.piece) for matrix, _ in wave])
     wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
     layouts = [matrix.layout for matrix, _ in wave]
-    by_parameter: dict[Tensor, Tensor] = {}
-    for matrix, _ in wave:
-        if matrix.parameter not in by_parameter:
-            by_parameter[matrix.parameter] = local_gradient(matrix.parameter)
-    gradients = [part_of_gradient(matrix.piece, by_parameter[matrix.parameter]) for matrix, _ in wave]
+    gradients = [matrix.piece.view(by_parameter[matrix.parameter]) for matrix, _ in wave]
     rows = fetch_rows(layouts, gradients, [matrix.dtype for matrix, _ in wave])
     tasks, random = [], []
-    for (matrix, recipe), own_rows in zip(wave, rows, strict=True):
+    for index, (matrix, recipe) in enumerate(wave):
         own = matrix.state(state[matrix.parameter])
         step, layout = int(own["step"]), matrix.layout
         bits = RandomBits(recipe.seed, matrix.name, step)
-        place = Place(layout.form, matrix.dtype, own_rows.device, layout.repeated, cache, bits, layout.owned)
-        rule = low_rank_rule(own_rows, own, step, recipe, place, RowNoise(bits, layout.start))
+        place = Place(layout.form, matrix.dtype, rows[index].device, layout.repeated, cache, bits, layout.owned)
+        rule = low_rank_rule(rows[index], own, step, recipe, place, RowNoise(bits, layout.start))
         random.append(bits)
         tasks.append(Task(rule, layout.group))
     deliveries = [matrix.layout.delivery(recipe.full_rows) for matrix, recipe in wave]
     # Where the update has whole rows, what they are made of stays; else the rules have it, and let go of it.
     made_of = [
-        None if not recipe.full_rows else own_rows if "rows" in delivery else matrix.layout.form.view(gradient)
-        for (matrix, recipe), own_rows, gradient, delivery in zip(wave, rows, gradients, deliveries, strict=True)
+        None if not recipe.full_rows else block if "rows" in delivery else matrix.layout.form.view(gradient)
+        for (matrix, recipe), block, gradient, delivery in zip(wave, rows, gradients, deliveries, strict=True)
     ]
-    del by_parameter, gradients, rows, own_rows
+    del by_parameter, gradients, rows
     updates = run_rounds(tasks)
     shares = gather_coefficients(layouts, [_share(update) for update in updates], deliveries)
     lifted = [

@@ -320,6 +320,24 @@ class MovedRows(Layout):
         return [(start * self.form.n, stop * self.form.n) for start, stop in ranges]
 
 
+def check_slices(shape: tuple[int, ...], slices: Sequence[FlatSlice]) -> None:
+    """Raises ValueError unless slices, by rank, cover every element of a parameter exactly once, in order."""
+    kind = "matrix" if len(shape) == 2 else "parameter"
+    position = 0
+    for k, each in enumerate(slices):
+        if each.stop > each.start:
+            if each.start != position:
+                raise ValueError(
+                    f"flat slices of a {kind} of shape {shape}: rank {k} starts at {each.start}; allowed: "
+                    f"{position}, where the ranks before it end"
+                )
+            position = each.stop
+    if position != math.prod(shape):
+        raise ValueError(
+            f"flat slices of a {kind} of shape {shape} end at {position}; allowed: {math.prod(shape)}, its last element"
+        )
+
+
 def flat_layout(
     form: TallForm,
     slices: Sequence[FlatSlice],
@@ -337,20 +355,7 @@ def flat_layout(
     Raises:
         ValueError: elements are missing or held twice.
     """
-    position = 0
-    for k, each in enumerate(slices):
-        if each.stop > each.start:
-            if each.start != position:
-                raise ValueError(
-                    f"flat slices of a matrix of shape {form.shape}: rank {k} starts at {each.start}; allowed: "
-                    f"{position}, where the ranks before it end"
-                )
-            position = each.stop
-    if position != form.shape[0] * form.shape[1]:
-        raise ValueError(
-            f"flat slices of a matrix of shape {form.shape} end at {position}; allowed: "
-            f"{form.shape[0] * form.shape[1]}, its last element"
-        )
+    check_slices(form.shape, slices)
     own = slices[rank]
     shared: dict[str, Any] = {"form": form, "group": group, "rank": rank, "slices": tuple(slices)}
     if not form.transposed and mesh is None:

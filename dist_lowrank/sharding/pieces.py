@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.exchanged import FlatSlice, check_slices
 from dist_lowrank.sharding.layouts import LayoutError, chunk_range
 
 HIGHER_DIMS = ("dense", "stack", "flatten")
@@ -101,12 +101,13 @@ def cut_parameter(name: str, parameter: Tensor, options: Mapping[str, Any], plac
     blocks = _blocks(name, tuple(parameter.shape), options)
     sharded = _sharded_dims(parameter)
     if options["low_rank"] and options["split"] is not None and blocks:
-        dim = parameter.ndim - 2 + options["split_dim"]
+        stacked = blocks[0].index is not None
+        dim = options["split_dim"] + int(stacked)
         if dim in sharded:
-            if parameter.ndim != 2 or options["split_dim"] != 0:
+            if dim != 0:
                 raise LayoutError(
                     f"parameter {name!r}: split along dimension {dim}, which is sharded; allowed: sharded along "
-                    "another dimension" + (" or dimension 0" if parameter.ndim == 2 else "")
+                    "another dimension" + ("" if stacked else " or dimension 0")
                 )
             return _cut_sharded_rows(name, parameter, sharded[dim], options)
     if not blocks:
@@ -210,7 +211,7 @@ def _cut_sharded_rows(name: str, parameter: Tensor, axis: int, options: Mapping[
     """A matrix that is split along the dimension that is sharded: each rank has a run of elements of each piece."""
     assert isinstance(parameter, DTensor)
     mesh: DeviceMesh = parameter.device_mesh
-    rows, width = parameter.shape
+    rows, width = parameter.shape[0], math.prod(parameter.shape[1:])
     ranges = (chunk_range(rows, mesh.size(axis), k) for k in range(mesh.size(axis)))
     slices = tuple(FlatSlice((rows, width), start * width, stop * width) for start, stop in ranges)
     pieces = _cut_flat(name, slices, mesh.get_local_rank(axis), 0, options, "")
@@ -222,6 +223,7 @@ def _cut_flat(
 ) -> list[Piece]:
     """The pieces of a parameter of which each rank holds a run of row-major elements."""
     shape = slices[0].shape
+    check_slices(shape, slices)
     blocks = _blocks(name, shape, options)
     if options["low_rank"] and options["split"] is not None and blocks and options["split_dim"] != 0:
         raise LayoutError(f"parameter {name!r}: split_dim={options['split_dim']} of a flat slice; allowed: 0")
