@@ -11,6 +11,7 @@ from dist_lowrank.optim.frugal import Frugal
 from dist_lowrank.optim.galore import GaLore, GoLore
 from dist_lowrank.optim.ldadam import LDAdam
 from dist_lowrank.optim.param_groups import param_groups
+from dist_lowrank.optim.projected_adam import ProjectedAdam
 from dist_lowrank.optim.published import published
 from dist_lowrank.optim.state_dict import full_state_dict
 from dist_lowrank.optim.trion import Trion
@@ -25,6 +26,7 @@ __all__ = [
     "GoLore",
     "LDAdam",
     "LayoutError",
+    "ProjectedAdam",
     "Trion",
     "full_state_dict",
     "param_groups",
