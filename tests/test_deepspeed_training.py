@@ -121,7 +121,9 @@ def test_a_bad_gradient_on_one_rank_skips_the_update_and_not_the_schedule(
     assert first["unchanged"]
     assert first["moved"]
     assert first["skipped"] == second["skipped"] == 1
-    assert first["learning_rate"] == pytest.approx(0.01)  # the peak, after three steps of warm-up
+    assert first["learning_rate"] == pytest.approx(
+        folder.config().optimizer.lr
+    )  # the peak, after three steps of warm-up
 
 
 def _train(rank: int, folder: RunFolder) -> int:

@@ -39,7 +39,7 @@ def test_published_settings_follow_the_formulas_and_give_way_to_explicit_options
 
 @both
 def test_the_command_line_gives_the_same_published_settings(kind: str) -> None:
-    config = compose([f"optimizer={kind}_published"]).optimizer
+    config = compose([f"optimizer={kind}_published", "model=llama_60m"]).optimizer
     assert config.name == kind
     assert {key: getattr(config, key) for key in published(kind)} == published(kind)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import README
-from support_matrix import Claim, claims_of, render, supports, table_in, with_table
+from support_matrix import OPTIMIZERS, Claim, claims_of, render, supports, table_in, with_table
 
 TESTS = Path(__file__).parent
 
@@ -39,7 +39,7 @@ def test_a_cell_is_exact_only_if_all_of_its_tests_passed() -> None:
 
 
 def test_a_refusal_is_noted_with_its_reason_and_a_variant_has_no_cell() -> None:
-    refused = [Claim(name, "FSDP1", "refused", reason="use FSDP2") for name in ("DCTAdamW", "Trion")]
+    refused = [Claim(name, "FSDP1", "refused", reason="use FSDP2") for name in OPTIMIZERS]
     other = Claim("Trion", "DDP", "differs", variant="x=1", reason="of x")
     table = render([*refused, other])
     assert "- FSDP1: refused, because use FSDP2." in table

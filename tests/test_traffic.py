@@ -28,6 +28,8 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "apollo_mini": (Apollo, {"rank": 1, "refresh_interval": 3, "per": "tensor"}),
     "ldadam": (LDAdam, {"rank": 0.25}),
 }
+COLUMNS = ("dct_adamw", "trion")
+CUT = [("ddp", 3), ("fsdp_rows", 3)]
 WORKSPACES_BYTES = (2**20, 700, 1)  # one wave, several, one for each matrix
 # On gloo; what a test compares is in words of torch.distributed.
 NAMES = {"allreduce_": "all_reduce", "allgather_": "all_gather", "alltoall_base_": "all_to_all"}
@@ -93,8 +95,17 @@ def _elements(sent: Sent) -> int:
     return sum(elements for _, elements, _ in sent)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
+QUICK = [(layout, name) for layout in LAYOUTS for name in OPTIMIZERS if name in COLUMNS or layout in CUT]
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "optimizer"),
+    [
+        pytest.param(*layout, name, marks=() if (layout, name) in QUICK else pytest.mark.slow)
+        for layout in LAYOUTS
+        for name in OPTIMIZERS
+    ],
+)
 def test_predicted_collectives_are_those_that_a_step_sends(layout: str, world_size: int, optimizer: str) -> None:
     for by_workspace in run_on_ranks(world_size, _by_workspace, layout, world_size, optimizer):
         for pairs in by_workspace:

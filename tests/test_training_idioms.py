@@ -310,7 +310,7 @@ def test_flat_slices_skip_together_with_the_sharded_gradient_scaler() -> None:
     ("strategy", "world_size", "backend"),
     [
         ("ddp", 1, "aot_eager"),
-        ("fsdp", 2, "eager"),
+        pytest.param("fsdp", 2, "eager", marks=pytest.mark.slow),
         *(
             pytest.param(*case, backend, marks=pytest.mark.slow)
             for backend in ("aot_eager", "inductor")
