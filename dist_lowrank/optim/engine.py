@@ -9,8 +9,7 @@ An optimizer is a subclass that says which recipe a parameter group follows.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from torch.distributed.tensor import DTensor
 from dist_lowrank.dictionaries import DictionaryCache
 from dist_lowrank.optim.agreement import agree_on_gradients, check_not_in_backward
 from dist_lowrank.optim.binding import (
-    BoundMatrix,
     BoundParameter,
     bind_parameter,
     canonical_name,
@@ -32,24 +30,20 @@ from dist_lowrank.optim.binding import (
     structure_of,
 )
 from dist_lowrank.optim.dense import DenseOptions, dense_step, dense_waves
+from dist_lowrank.optim.diagnostics import Diagnostics
 from dist_lowrank.optim.flat_state import cut_flat_state, cut_tensors, gather_flat_state
 from dist_lowrank.optim.given import GivenParameters
-from dist_lowrank.optim.options import check_choice, check_count, check_number, refuse
+from dist_lowrank.optim.options import PATH_OPTIONS, check_choice, check_count, check_number, check_path_options
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.state_dict import load_into, validate_state_dict
-from dist_lowrank.optim.wave import count_steps, cut_waves, update_wave, verify_columns
-from dist_lowrank.sharding.layouts import local
-from dist_lowrank.sharding.pieces import HIGHER_DIMS, FlatPart, FlatPlace
+from dist_lowrank.optim.wave import count_steps, cut_waves, no_autocast, update_wave, verify_columns
+from dist_lowrank.sharding.pieces import FlatPart, FlatPlace, check_parts
 
 WORKSPACE_BYTES = 512 * 2**20
 VERIFY_EVERY = 100  # steps
 
 
-# What only groups say: which parameters are matrices, and of which matrices they consist.
-PATH_OPTIONS = {"low_rank": True, "higher_dims": "dense", "split": None, "split_dim": 0}
-
-
-class LowRankOptimizer(torch.optim.Optimizer):
+class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
     """Base of all optimizers here; subclasses define `recipe` and `dense_options`.
 
     Options of a parameter group that say which matrices its parameters consist of:
@@ -96,16 +90,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._forget_binding()
         self._state = state.pop("state", {})
         super().__setstate__(state)
-        self._remember_given(only_known=hasattr(self, "given"))  # loading comes here too, copying without it
-
-    def _remember_given(self, *, only_known: bool) -> None:
-        if not only_known:
-            self.given = GivenParameters()
-        position = 0
-        for group in self.param_groups:
-            if not only_known or all(parameter in self.given for parameter in group["params"]):
-                self.given.add(group, position)
-            position += len(group["params"])
+        known: GivenParameters | None = getattr(self, "given", None)  # loading comes here too, copying without it
+        self.given = known or GivenParameters()
+        self.given.remember(self.param_groups, only_known=known is not None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LowRankOptimizer:
         for group in (self.process_group, *(place.group for place in self._flat.values())):
@@ -173,7 +160,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 jobs += [(matrix, recipe) for matrix in bound.matrices]
             dense.append((self.dense_options(group), [each for bound in updated for each in bound.dense]))
         count_steps(jobs, state)
-        with _no_autocast({bound.parameter.device.type for bound in everything}):
+        with no_autocast({bound.parameter.device.type for bound in everything}):
             for wave in cut_waves(jobs, self.workspace_bytes):
                 update_wave(wave, state, self._dictionaries)
         for options, parameters in dense:
@@ -303,20 +290,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         for parameter, members in parts.items():
-            position = 0
-            for part in members:
-                run = part.slices[rank] if len(part.slices) == size else None
-                if run is None or (run.stop > run.start and part.offset < position):
-                    raise ValueError(
-                        f"flat part {part.name!r}: {len(part.slices)} slices, this rank's from element {part.offset} "
-                        f"on; allowed: {size}, one per rank, from element {position} on, where the part before it ends"
-                    )
-                position = max(position, part.offset + run.stop - run.start) if run.stop > run.start else position
-            if parameter.ndim != 1 or position > parameter.numel():
-                raise ValueError(
-                    f"flat parts: {position} elements for a parameter of shape {tuple(parameter.shape)}; allowed: one "
-                    "dimension, and no more elements than it has"
-                )
+            check_parts(parameter, members, rank, size)
             place, state = FlatPlace(tuple(members), group), self._state.get(parameter, {})
             if place != self._flat.get(parameter):  # state for other parts, or none, is of other shapes
                 if any(tensor.any() for tensor in state.values()):
@@ -352,14 +326,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 check_number(rate, group[rate])
         self.recipe(group)
         self.dense_options(group)
-        check_choice("higher_dims", group["higher_dims"], HIGHER_DIMS)
-        if group["split_dim"] not in (0, 1):
-            raise refuse("split_dim", group["split_dim"], "0, 1")
-        sizes = group["split"]
-        if sizes is not None and not (isinstance(sizes, (list, tuple)) and sizes):
-            raise refuse("split", sizes, "None, or a list of sizes")
-        for size in sizes or ():
-            check_count("split", size)
+        check_path_options(group)
 
     def _cut_flat(self, incoming: dict[str, Any]) -> dict[str, Any]:
         """A state dict in which this rank's part stands for gathered state of flat tensors."""
@@ -435,73 +402,3 @@ class LowRankOptimizer(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-
-    # What it holds ------------------------------------------------------------------------------------------------
-
-    def memory_bytes(self) -> dict[str, int]:
-        """Bytes that this rank holds, by cause; the causes are disjoint and their sum is all of the state."""
-        causes_of_state = ("moments", "dense_moments", "indices", "projection", "error_feedback", "other_state")
-        totals = dict.fromkeys(causes_of_state, 0)
-        held = {bound.parameter: bound for members in self.bind() for bound in members}
-        held |= {p: self._bound[p] for p in self._flat if p in self._bound}  # DeepSpeed empties groups between steps
-        for bound in held.values():
-            causes: dict[str, str] = {}
-            for matrix in bound.matrices:
-                causes |= {matrix.piece.prefix + key: spec.cause for key, spec in matrix.specs.items()}
-            for dense in bound.dense:
-                causes |= {dense.piece.prefix + key: "dense_moments" for key in ("exp_avg", "exp_avg_sq")}
-            for key, tensor in self._state[bound.parameter].items():
-                totals[causes.get(key, "other_state")] += local(tensor).untyped_storage().nbytes()
-        return {**totals, "dictionary": self._dictionaries.storage_bytes}
-
-    def captured_energy(self) -> dict[str, float]:
-        """By parameter name: the share of the score that the columns chosen last hold, at the last refresh.
-
-        The score is of what was projected: the gradient, with what error feedback or momentum added to it. With
-        `ranking="l2"` it is the energy, and the share is at least r / n. NaN where there was nothing to project.
-        """
-        return {
-            matrix.name: float(matrix.captured_energy)
-            for matrix in self._matrices()
-            if matrix.captured_energy is not None
-        }
-
-    def column_turnover(self) -> dict[str, float]:
-        """By parameter name: the share of the chosen columns that the last refresh brought in.
-
-        1 after the first choice. Empty before it, and between loading a state and the next refresh.
-        """
-        turnover = {}
-        for matrix in self._matrices():
-            if matrix.previous_indices is not None:
-                indices = matrix.state(self.state[matrix.parameter])["indices"].long()
-                stayed = torch.isin(indices, matrix.previous_indices.long()).sum()
-                turnover[matrix.name] = 1 - int(stayed) / len(indices)
-        return turnover
-
-    def column_age(self) -> dict[str, float]:
-        """By parameter name: the mean age of the chosen columns, in updates since they were chosen, this one included.
-
-        Only of matrices with `column_bias_correction`, which alone keeps ages: no state is kept for this. With
-        `transition="keep"` these are ages of slots, with `"reset"` updates since the last refresh.
-        """
-        states = {matrix.name: matrix.state(self.state[matrix.parameter]) for matrix in self._matrices()}
-        return {
-            name: float(state["age"].double().mean())
-            for name, state in states.items()
-            if "age" in state and state["step"] > 0
-        }
-
-    def _matrices(self) -> list[BoundMatrix]:
-        """Of which this rank has a share."""
-        return [matrix for bound in self._bound.values() for matrix in bound.matrices if matrix.present]
-
-
-@contextmanager
-def _no_autocast(device_types: Iterable[str]) -> Iterator[None]:
-    """The update's arithmetic is its own affair, also when `step` is called inside autocast."""
-    with ExitStack() as stack:
-        for device_type in device_types:
-            if device_type in ("cpu", "cuda"):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield

@@ -20,7 +20,7 @@ class Frugal(ProjectedAdam):
     | moments and their bias correction at a refresh | start anew |
     | state per matrix | 2 L r moments, 1 integer or n r projection |
 
-    The published code chooses whole matrices by default (`blocks`): put those of a turn in a group with rank 1.0.
+    The published code chooses whole matrices by default (`blocks`), which is not offered here.
     """
 
     def __init__(

@@ -38,6 +38,14 @@ class GivenParameters:
         for name, parameter in zip(names, parameters, strict=True):
             self._known[parameter] = (name, group)
 
+    def remember(self, groups: Sequence[dict[str, Any]], *, only_known: bool) -> None:
+        """Remembers the parameters of all groups, or of those alone whose parameters it knows."""
+        position = 0
+        for group in groups:
+            if not only_known or all(parameter in self for parameter in group["params"]):
+                self.add(group, position)
+            position += len(group["params"])
+
     def replace(self, copies: Mapping[Tensor, Tensor]) -> None:
         """Takes each key for the parameter of its value: a copy of other precision."""
         for copy, original in copies.items():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+# What only groups say: which parameters are matrices, and of which matrices they consist.
+PATH_OPTIONS = {"low_rank": True, "higher_dims": "dense", "split": None, "split_dim": 0}
 
 
 def refuse(name: str, value: object, allowed: str) -> ValueError:
@@ -48,3 +51,15 @@ def check_rank(value: Any) -> None:
     if isinstance(value, float) and 0 < value <= 1:
         return
     raise refuse("rank", value, "an integer >= 1 (columns) or a float > 0 and <= 1 (fraction of n)")
+
+
+def check_path_options(group: Mapping[str, Any]) -> None:
+    """Of `PATH_OPTIONS`, all but `low_rank`."""
+    check_choice("higher_dims", group["higher_dims"], ("dense", "stack", "flatten"))
+    if group["split_dim"] not in (0, 1):
+        raise refuse("split_dim", group["split_dim"], "0, 1")
+    sizes = group["split"]
+    if sizes is not None and not (isinstance(sizes, (list, tuple)) and sizes):
+        raise refuse("split", sizes, "None, or a list of sizes")
+    for size in sizes or ():
+        check_count("split", size)

@@ -114,9 +114,9 @@ class _Stored:
 class Svd(_Stored):
     """The r right singular vectors of the tall form with the largest singular values.
 
-    From the Gram matrix, summed and decomposed in float64. Its eigenvalues are squares of singular values, so what lies
-    below `sqrt(eps)` of the largest singular value is rounding in the Gram matrix of float32 rows: where the r-th does,
-    a randomized range finder takes over.
+    From the Gram matrix, summed in the dtype of the rows and decomposed in float64. Its eigenvalues are squares of
+    singular values, so what lies below `sqrt(eps)` of the largest singular value is rounding: where the r-th does, a
+    randomized range finder takes over.
     """
 
     def statistics(self, form: TallForm) -> list[int]:

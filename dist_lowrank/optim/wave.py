@@ -8,7 +8,8 @@ apply             W <- (1 - lr wd) W - lr scale direction D[:, I]^T
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +46,16 @@ def cut_waves(jobs: Sequence[Job], workspace_bytes: int) -> Iterator[list[Job]]:
         used_bytes += needed_bytes
     if wave:
         yield wave
+
+
+@contextmanager
+def no_autocast(device_types: Iterable[str]) -> Iterator[None]:
+    """The update's arithmetic is its own affair, also when `step` is called inside autocast."""
+    with ExitStack() as stack:
+        for device_type in device_types:
+            if device_type in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 def count_steps(jobs: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:

@@ -140,8 +140,8 @@ class FlatSlice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FlatRows(Layout):
-    """A flat slice whose matrix rows are the rows of the tall form (the right side)."""
+class _Flat(Layout):
+    """What the layouts of flat slices share."""
 
     rank: int
     slices: tuple[FlatSlice, ...]  # of all ranks of the group
@@ -153,6 +153,18 @@ class FlatRows(Layout):
     @property
     def offset(self) -> tuple[int, ...]:
         return (self.own.start,)
+
+    @property
+    def exchanges(self) -> bool:
+        return True
+
+    def delivery(self, full_rows: bool = False) -> str:
+        return "rows"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatRows(_Flat):
+    """A flat slice whose matrix rows are the rows of the tall form (the right side)."""
 
     @property
     def exchanges(self) -> bool:
@@ -212,26 +224,8 @@ class FlatRows(Layout):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FlatColumns(Layout):
+class FlatColumns(_Flat):
     """A flat slice whose matrix columns are the rows of the tall form (the left side)."""
-
-    rank: int
-    slices: tuple[FlatSlice, ...]
-
-    @property
-    def own(self) -> FlatSlice:
-        return self.slices[self.rank]
-
-    @property
-    def offset(self) -> tuple[int, ...]:
-        return (self.own.start,)
-
-    @property
-    def exchanges(self) -> bool:
-        return True
-
-    def delivery(self, full_rows: bool = False) -> str:
-        return "rows"
 
     @property
     def largest_part(self) -> int:
@@ -265,29 +259,11 @@ class FlatColumns(Layout):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MovedRows(Layout):
+class MovedRows(_Flat):
     """A flat slice whose matrix rows are the rows of the tall form, worked on in even blocks of rows.
 
     For matrices whose state has to be sharded evenly though they are not: pieces of a DTensor.
     """
-
-    rank: int
-    slices: tuple[FlatSlice, ...]
-
-    @property
-    def own(self) -> FlatSlice:
-        return self.slices[self.rank]
-
-    @property
-    def offset(self) -> tuple[int, ...]:
-        return (self.own.start,)
-
-    @property
-    def exchanges(self) -> bool:
-        return True
-
-    def delivery(self, full_rows: bool = False) -> str:
-        return "rows"
 
     @property
     def largest_part(self) -> int:

@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from dist_lowrank.sharding.exchanged import FlatSlice, check_slices
 from dist_lowrank.sharding.layouts import LayoutError, chunk_range
 
-HIGHER_DIMS = ("dense", "stack", "flatten")
 View = Callable[[Tensor], Tensor]
 
 
@@ -78,6 +77,24 @@ class _Block:
     index: int | None = None  # in the stack
     split_number: int | None = None
     start: int = 0  # along the dimension that is split
+
+
+def check_parts(parameter: Tensor, members: Sequence[FlatPart], rank: int, size: int) -> None:
+    """Raises ValueError unless parts lie one after the other within a flat parameter of one of `size` ranks."""
+    position = 0
+    for part in members:
+        run = part.slices[rank] if len(part.slices) == size else None
+        if run is None or (run.stop > run.start and part.offset < position):
+            raise ValueError(
+                f"flat part {part.name!r}: {len(part.slices)} slices, this rank's from element {part.offset} "
+                f"on; allowed: {size}, one per rank, from element {position} on, where the part before it ends"
+            )
+        position = max(position, part.offset + run.stop - run.start) if run.stop > run.start else position
+    if parameter.ndim != 1 or position > parameter.numel():
+        raise ValueError(
+            f"flat parts: {position} elements for a parameter of shape {tuple(parameter.shape)}; allowed: one "
+            "dimension, and no more elements than it has"
+        )
 
 
 def cut_parameter(name: str, parameter: Tensor, options: Mapping[str, Any], place: FlatPlace | None) -> list[Piece]:
