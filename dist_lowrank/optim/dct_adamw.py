@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import VERIFY_EVERY, WORKSPACE_BYTES, LowRankOptimizer
+from dist_lowrank.optim.low_rank import LowRank, column_options
 from dist_lowrank.optim.moments import Adam
 from dist_lowrank.optim.options import check_choice
-from dist_lowrank.optim.recipe import Recipe, column_options
 from dist_lowrank.optim.residuals import Accumulate, Drop, Residual
 from dist_lowrank.optim.storage import Floats, Levels, Storage
 
@@ -147,10 +147,10 @@ class DCTAdamW(LowRankOptimizer):
             agree_on_gradients=agree_on_gradients,
         )
 
-    def recipe(self, group: dict[str, Any]) -> Recipe:
+    def recipe(self, group: dict[str, Any]) -> LowRank:
         check_choice("error_feedback", group["error_feedback"], tuple(_RESIDUALS))
         check_choice("error_feedback_momentum", group["error_feedback_momentum"], (False, True))
-        return Recipe(
+        return LowRank(
             **column_options(group),
             refresh_interval=group["refresh_interval"],
             moments=Adam(group["betas"], group["eps"], group["column_bias_correction"], group["moment_dtype"]),

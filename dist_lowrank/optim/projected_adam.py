@@ -14,10 +14,10 @@ from dist_lowrank.dictionaries import DICTIONARIES
 from dist_lowrank.optim.columns import DictionaryColumns
 from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import LowRankOptimizer
+from dist_lowrank.optim.low_rank import LowRank
 from dist_lowrank.optim.moments import Adam
 from dist_lowrank.optim.options import check_choice, refuse
 from dist_lowrank.optim.projections import PowerIteration, RandomizedSvd, RandomProjection, Svd, SvdThenRandom
-from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.residuals import Accumulate, Drop, GradientScaled, NormScaled, Residual, Sign
 from dist_lowrank.optim.storage import Floats, Levels, Storage
 from dist_lowrank.optim.subspace import Subspace
@@ -102,7 +102,7 @@ class ProjectedAdam(LowRankOptimizer):
             check_choice("option", name, tuple(DEFAULTS))
         super().__init__(params, DEFAULTS | options, **engine)
 
-    def recipe(self, group: dict[str, Any]) -> Recipe:
+    def recipe(self, group: dict[str, Any]) -> LowRank:
         check_choice("moment_dtype", group["moment_dtype"], (None, torch.float32, torch.bfloat16, torch.int8))
         check_choice("bias_correction", group["bias_correction"], ("step", "choice"))
         by_age = group["bias_correction"] == "choice"
@@ -110,7 +110,7 @@ class ProjectedAdam(LowRankOptimizer):
             # Directions of a projection turn into each other, so that none has an age.
             raise refuse("bias_correction", "choice", f"'step' with subspace={group['subspace']!r}, or 'reset'")
         same = ("lr", "weight_decay", "rank", "side", "seed", "weight_rounding", "refresh_interval", "transition")
-        return Recipe(
+        return LowRank(
             **{key: group[key] for key in (*same, "alpha", "decay_last", "return_momentum")},
             refresh_after_first=True,
             subspace=_subspace(group),

@@ -35,7 +35,16 @@ class Change(Protocol):
         """Adds what of a momentum (l, r) on the old directions the new ones lack to coordinates (l, n), in place."""
 
 
-class Basis(Protocol):
+class Lift(Protocol):
+    """From coefficients to rows."""
+
+    def add_lifted(
+        self, target: Tensor, coefficients: Tensor, *, decay: float, scale: float, columns: slice = slice(None)
+    ) -> None:
+        """In place: `target = decay * target + scale * lifted[:, columns]`, from (l, r) to (l, width of columns)."""
+
+
+class Basis(Lift, Protocol):
     """The chosen directions of one matrix."""
 
     def take(self, coordinates: Tensor) -> Tensor:
@@ -46,11 +55,6 @@ class Basis(Protocol):
 
     def replace(self, coordinates: Tensor, coefficients: Tensor, keep: float) -> None:
         """In place: coordinates whose `coefficients` were taken keep the `keep`-th part of them."""
-
-    def add_lifted(
-        self, target: Tensor, coefficients: Tensor, *, decay: float, scale: float, columns: slice = slice(None)
-    ) -> None:
-        """In place: `target = decay * target + scale * lifted[:, columns]`, from (l, r) to (l, width of columns)."""
 
     def change_from(self, previous: Any) -> Change: ...
 

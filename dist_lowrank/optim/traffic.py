@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from dist_lowrank.optim.binding import BoundMatrix, BoundParameter
 from dist_lowrank.optim.engine import LowRankOptimizer
+from dist_lowrank.optim.recipe import Whole
 from dist_lowrank.optim.wave import Job, cut_waves
 from dist_lowrank.sharding.layouts import local
+from dist_lowrank.sharding.rounds import owners, work
 
-PURPOSES = ("agreement", "rows", "sums", "coefficients", "updates", "verification")
+PURPOSES = ("agreement", "rows", "sums", "whole matrices", "coefficients", "updates", "verification")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +82,13 @@ def _of_wave(wave: Sequence[Job], refresh: bool) -> Iterator[Collective]:
     matrices = [matrix for matrix, _ in wave]
     fetched = [(matrix, _fetched(matrix)) for matrix in matrices if matrix.layout.exchanges]
     yield from _fused("rows", "all_to_all", fetched)
-    statistics = [
-        recipe.statistics(matrix.layout.form, refresh or recipe.refresh_interval == 1) for matrix, recipe in wave
-    ]
-    for sizes in zip_longest(*statistics):  # by round; None: the rule has ended
-        summed = [
-            (matrix, size)
-            for matrix, size in zip(matrices, sizes, strict=True)
-            if size is not None and matrix.layout.group is not None
+    rounds = [recipe.rounds(matrix.layout.form, refresh) for matrix, recipe in wave]
+    for sizes in zip_longest(*rounds):  # by round; None: the rule has ended
+        shared = [
+            (matrix, size) for matrix, size in zip(matrices, sizes, strict=True) if matrix.layout.group is not None
         ]
-        yield from _fused("sums", "all_reduce", summed)
+        yield from _fused("sums", "all_reduce", [(matrix, size) for matrix, size in shared if isinstance(size, int)])
+        yield from _to_owners([(matrix, size.columns) for matrix, size in shared if isinstance(size, Whole)])
     deliveries = [matrix.layout.delivery(recipe.full_rows) for matrix, recipe in wave]
     gathered = [
         (matrix, matrix.layout.largest_block * recipe.columns_delivered(matrix.layout.form))  # short blocks are padded
@@ -98,6 +98,25 @@ def _of_wave(wave: Sequence[Job], refresh: bool) -> Iterator[Collective]:
     yield from _fused("coefficients", "all_gather", gathered)
     returned = [(matrix, _returned(matrix)) for matrix, d in zip(matrices, deliveries, strict=True) if d == "rows"]
     yield from _fused("updates", "all_to_all", returned)
+
+
+def _to_owners(matrices: Sequence[tuple[BoundMatrix, int]]) -> Iterator[Collective]:
+    """The two exchanges of a round in which owners get whole matrices: there, and back."""
+    by_channel: dict[Any, list[tuple[BoundMatrix, int]]] = {}
+    for matrix, columns in matrices:
+        channel = (matrix.layout.group, matrix.dtype, local(matrix.parameter).device)
+        by_channel.setdefault(channel, []).append((matrix, columns))
+    for (group, dtype, _), members in by_channel.items():
+        rank, sent, returned = dist.get_rank(group), 0, 0
+        shapes = [(matrix.layout.form.rows, columns) for matrix, columns in members]
+        owner = owners([work(*shape) for shape in shapes], dist.get_world_size(group))
+        for (matrix, columns), owned_by in zip(members, owner, strict=True):
+            start, stop = matrix.layout.owned_by_rank()[rank]
+            sent += (stop - start) * columns
+            if owned_by == rank:
+                returned += sum(last - first for first, last in matrix.layout.rows_by_rank()) * columns
+        yield Collective("whole matrices", "all_to_all", dtype, sent)
+        yield Collective("whole matrices", "all_to_all", dtype, returned)
 
 
 def _of_verification(matrices: Sequence[BoundMatrix]) -> Iterator[Collective]:

@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import VERIFY_EVERY, WORKSPACE_BYTES, LowRankOptimizer
+from dist_lowrank.optim.low_rank import LowRank, column_options
 from dist_lowrank.optim.moments import NewtonSchulz
-from dist_lowrank.optim.recipe import Recipe, column_options
 from dist_lowrank.optim.residuals import Accumulate
 
 
@@ -93,8 +93,8 @@ class Trion(LowRankOptimizer):
             agree_on_gradients=agree_on_gradients,
         )
 
-    def recipe(self, group: dict[str, Any]) -> Recipe:
-        return Recipe(
+    def recipe(self, group: dict[str, Any]) -> LowRank:
+        return LowRank(
             **column_options(group),
             refresh_interval=1,
             moments=NewtonSchulz(group["newton_schulz_steps"]),

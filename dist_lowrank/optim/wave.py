@@ -19,7 +19,7 @@ from torch import Tensor
 from dist_lowrank.dictionaries import DictionaryCache
 from dist_lowrank.optim.binding import BoundMatrix
 from dist_lowrank.optim.dense import local_gradients
-from dist_lowrank.optim.recipe import SCALES, Recipe, Update, low_rank_rule
+from dist_lowrank.optim.recipe import SCALES, Recipe, Update
 from dist_lowrank.optim.rounding import RandomBits, RowNoise, store_weight
 from dist_lowrank.optim.subspace import Place
 from dist_lowrank.optim.transient import held_bytes
@@ -79,9 +79,9 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
         step, layout = int(own["step"]), matrix.layout
         bits = RandomBits(recipe.seed, matrix.name, step)
         place = Place(layout.form, matrix.dtype, rows[index].device, layout.repeated, cache, bits, layout.owned)
-        rule = low_rank_rule(rows[index], own, step, recipe, place, RowNoise(bits, layout.start))
+        rule = recipe.rule(rows[index], own, step, place, RowNoise(bits, layout.start))
         random.append(bits)
-        tasks.append(Task(rule, layout.group))
+        tasks.append(Task(rule, layout))
     deliveries = [matrix.layout.delivery(recipe.full_rows) for matrix, recipe in wave]
     # Where the update has whole rows, what they are made of stays; else the rules have it, and let go of it.
     made_of = [
@@ -150,7 +150,7 @@ def _add(
     else:
         target.mul_(decay)
     if rows is not None and update.weights is not None:
-        target.add_(recipe.residual.added(rows.to(target.dtype), share[:, rank:], update.basis), alpha=scale)
+        target.add_(recipe.added(rows.to(target.dtype), share[:, rank:], update.basis), alpha=scale)
 
 
 def verify_columns(matrices: Sequence[BoundMatrix], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:

@@ -47,12 +47,12 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
     model = build_model(config, meta=True)
     groups = route(model, config.model)
     forms = low_rank_forms(groups, config)
-    specs: dict[str, dict[str, StateTensor]] = {}
+    specs: dict[str, Mapping[str, StateTensor]] = {}
     if not isinstance(config.optimizer, AdamWConfig):
         recipe = _recipe(config, groups)
         for name, form in forms.items():
             try:
-                recipe.subspace.check(form)
+                recipe.check(form)
             except ValueError as error:
                 raise ConfigError(f"optimizer.{error} (parameter {name!r} of shape {form.shape})") from error
             specs[name] = recipe.state(form, arithmetic_dtype(model.get_parameter(name)))
