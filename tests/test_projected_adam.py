@@ -1,4 +1,4 @@
-"""GaLore, GoLore, Fira, FRUGAL, APOLLO and LDAdam equal references from their formulas, under every sharding."""
+"""GaLore and its relatives equal references from their formulas, under every sharding."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from projected_references import (
     ReferenceApollo,
     ReferenceFira,
     ReferenceFrugal,
+    ReferenceGrass,
     ReferenceLDAdam,
     ReferenceProjected,
+    ReferenceSubTrack,
     signed,
 )
 from references import initial_weight, prescribed_gradients
@@ -27,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dist_lowrank.dictionaries import DictionaryCache
-from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, LDAdam
+from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, Grass, LDAdam, SubTrack
 from dist_lowrank.optim.projected_adam import ProjectedAdam
 from dist_lowrank.optim.projections import RandomProjection, gaussian
 from dist_lowrank.optim.rounding import RandomBits
@@ -154,6 +156,14 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any, dict[str, Any], Any]] = {
         },
         "svd",
     ),
+    "subtrack": (
+        SubTrack,
+        {**GALORE, "grassmann_step": 0.01},  # angles of about 0.3
+        ReferenceSubTrack,
+        {**GALORE, "alpha": 0.25, "corrected_eps": False, "inside": 0.0, "eta": 0.01},
+        "svd",
+    ),
+    "grass": (Grass, GALORE, ReferenceGrass, {**GALORE, "alpha": 0.25, "transition": "move"}, "identity"),
 }
 
 
@@ -312,7 +322,7 @@ def test_parts_that_make_no_sense_are_refused_with_what_is_allowed(options: dict
 def test_any_combination_of_parts_trains() -> None:
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(12, 8, generator=generator)
-    for subspace in ("svd", "randomized_svd", "power", "gaussian", "stiefel", "coordinates", "dct2"):
+    for subspace in ("svd", "randomized_svd", "power", "grassmann", "gaussian", "stiefel", "coordinates", "dct2"):
         for residual in ("none", "error_feedback_int8", "sign", "norm_scaled", "gradient_scaled"):
             for transition in ("keep", "move", "reset", "move_variance"):
                 weight = nn.Parameter(torch.zeros(12, 8))

@@ -14,7 +14,7 @@ from test_pieces import feed as feed_pieces
 from test_sharded_trajectories import SHAPES, Model, random_cuts, shard
 from torch import nn
 
-from dist_lowrank.optim import Apollo, DCTAdamW, Fira, GaLore, LDAdam, Trion
+from dist_lowrank.optim import Apollo, DCTAdamW, Fira, GaLore, LDAdam, SubTrack, Trion
 from dist_lowrank.optim.traffic import collectives_of_step
 from dist_lowrank.sharding.exchanged import FlatSlice
 from dist_lowrank.sharding.pieces import FlatPart
@@ -27,6 +27,7 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "fira": (Fira, {"rank": 0.25, "refresh_interval": 3, "subspace": "randomized_svd"}),
     "apollo_mini": (Apollo, {"rank": 1, "refresh_interval": 3, "per": "tensor"}),
     "ldadam": (LDAdam, {"rank": 0.25}),
+    "subtrack": (SubTrack, {"rank": 0.25, "refresh_interval": 3}),
 }
 COLUMNS = ("dct_adamw", "trion")
 CUT = [("ddp", 3), ("fsdp_rows", 3)]
