@@ -46,6 +46,7 @@ class ReferenceProjected:
         corrected_eps: bool = True,
         decay_last: bool = False,
         square_left: bool = False,
+        offset: int = 0,
         **own: Any,
     ) -> None:
         self.weight = weight.detach().double().clone()
@@ -59,7 +60,7 @@ class ReferenceProjected:
         self.norm = 0.0
         self.__dict__ |= {"lr": lr, "betas": betas, "eps": eps, "T": refresh_interval, "basis": basis, "alpha": alpha}
         self.__dict__ |= {"weight_decay": weight_decay, "transition": transition, "corrected_eps": corrected_eps}
-        self.__dict__ |= {"decay_last": decay_last, **own}
+        self.__dict__ |= {"decay_last": decay_last, "offset": offset, **own}
 
     def choose(self, tall: Tensor) -> Tensor:
         if callable(self.basis):
@@ -72,7 +73,7 @@ class ReferenceProjected:
     def step(self, gradient: Tensor) -> None:
         self.t += 1
         tall = gradient.double() if self.right else gradient.double().T
-        if (self.t - 1) % self.T == 0:
+        if self.t == 1 or (self.t - 1 - self.offset) % self.T == 0:
             old, self.P = self.P, self.choose(tall)
             self.carry(old.T @ self.P)
         self.since += 1

@@ -126,6 +126,7 @@ class DCTAdamWConfig:
     weight_decay: NonNegativeFloat = 0.0
     rank: Rank = 0.25
     refresh_interval: PositiveInt = 1
+    refresh_stagger: bool = False
     dictionary: Dictionary = "dct2"
     transform: Transform = "gemm"
     materialize: bool = True
@@ -187,6 +188,7 @@ class ProjectedConfig:
     side: Literal["shorter", "shorter_left", "longer", "right", "left", "unsharded"] = "shorter"
     subspace: Literal[Projection, Dictionary] = "svd"
     refresh_interval: PositiveInt = 200
+    refresh_stagger: bool = False
     switch_step: PositiveInt | None = None  # null: after 80 % of the steps
     rho: Annotated[float, Field(ge=0, le=1)] = 0.908
     grassmann_step: NonNegativeFloat = 10.0

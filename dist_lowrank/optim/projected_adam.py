@@ -43,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "side": "shorter",
     "subspace": "svd",
     "refresh_interval": 200,
+    "refresh_stagger": False,
     "switch_step": None,
     "rho": 0.908,
     "grassmann_step": 10.0,
@@ -81,6 +82,7 @@ class ProjectedAdam(LowRankOptimizer):
             on; or the columns of most energy of a dictionary, `dct2`, `dct3`, `hadamard`, `random`,
             `identity` (with `ranking`, `transform`, `materialize` as `DCTAdamW`'s).
         refresh_interval: T; directions are chosen at steps 1, T + 1, 2 T + 1, ...
+        refresh_stagger: as `DCTAdamW`'s.
         transition: of the moments when the directions change: `keep`, `move`, `reset`, `move_variance`.
         bias_correction: by the `step`, or by the age of each direction, `choice`.
         corrected_eps: add eps to the bias-corrected root of the second moment, as torch's AdamW; False: to the root
@@ -115,7 +117,7 @@ class ProjectedAdam(LowRankOptimizer):
             raise refuse("bias_correction", "choice", f"'step' with subspace={group['subspace']!r}, or 'reset'")
         same = ("lr", "weight_decay", "rank", "side", "seed", "weight_rounding", "refresh_interval", "transition")
         return LowRank(
-            **{key: group[key] for key in (*same, "alpha", "decay_last", "return_momentum")},
+            **{key: group[key] for key in (*same, "alpha", "decay_last", "return_momentum", "refresh_stagger")},
             refresh_after_first=True,
             subspace=_subspace(group),
             moments=Adam(group["betas"], group["eps"], by_age, group["moment_dtype"], group["corrected_eps"]),
