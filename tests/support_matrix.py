@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-OPTIMIZERS = ("DCTAdamW", "Trion", "GaLore", "GoLore", "Fira", "Frugal", "Apollo", "LDAdam")
+OPTIMIZERS = (*("DCTAdamW", "Trion", "GaLore", "GoLore", "Fira", "Frugal", "Apollo", "LDAdam", "SubTrack", "Grass"),)
 STRATEGIES = (
     *("one process", "DDP", "FSDP2", "HSDP", "flat slices", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"),
     *("FSDP1", "layer-wise hooks", "strided shards", "two sharded mesh dimensions"),

@@ -18,12 +18,13 @@ from omegaconf import OmegaConf
 from dist_lowrank.config import ConfigError, compose, digest, from_dict, to_dict
 from dist_lowrank.config.compose import config_directory, group_options
 from dist_lowrank.config.schema import AdamWConfig, DCTAdamWConfig, HubData, ProjectedConfig, TrionConfig
-from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, LDAdam
+from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, Grass, LDAdam, SubTrack
 
 DEFAULT = compose()
 RANK = "an integer >= 1 (number of columns) or a float in (0, 1] (fraction of n)"
 OPTIMIZERS = (
-    "adamw, apollo, apollo_mini, dct_adamw, dct_adamw_published, fira, frugal, galore, galore2, golore, ldadam, trion"
+    "adamw, apollo, apollo_mini, dct_adamw, dct_adamw_published, fira, frugal, galore, galore2, golore, grass, ldadam, "
+    "subtrack, trion"
 )
 OPTIONS = [
     f"{group}={name}"
@@ -303,6 +304,8 @@ PRESETS = {
     "frugal": Frugal,
     "apollo": Apollo,
     "ldadam": LDAdam,
+    "subtrack": SubTrack,
+    "grass": Grass,
 }
 
 

@@ -1,4 +1,4 @@
-"""GaLore, GoLore, Fira, FRUGAL, APOLLO and LDAdam equal references from their formulas, under every sharding."""
+"""GaLore and its relatives equal references from their formulas, under every sharding."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from projected_references import (
     ReferenceApollo,
     ReferenceFira,
     ReferenceFrugal,
+    ReferenceGrass,
     ReferenceLDAdam,
     ReferenceProjected,
+    ReferenceSubTrack,
     signed,
 )
 from references import initial_weight, prescribed_gradients
@@ -27,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dist_lowrank.dictionaries import DictionaryCache
-from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, LDAdam
+from dist_lowrank.optim import Apollo, DCTAdamW, Fira, Frugal, GaLore, GoLore, Grass, LDAdam, SubTrack
 from dist_lowrank.optim.projected_adam import ProjectedAdam
 from dist_lowrank.optim.projections import RandomProjection, gaussian
 from dist_lowrank.optim.rounding import RandomBits
@@ -73,6 +75,13 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any, dict[str, Any], Any]] = {
         {**GALORE, "transition": "move"},
         ReferenceProjected,
         {**GALORE, "alpha": 0.25, "transition": "move"},
+        "svd",
+    ),
+    "galore_staggered": (
+        GaLore,
+        {**GALORE, "refresh_stagger": True},
+        ReferenceProjected,
+        {**GALORE, "alpha": 0.25, "stagger": True},
         "svd",
     ),
     "galore_dct2": (
@@ -154,6 +163,14 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any, dict[str, Any], Any]] = {
         },
         "svd",
     ),
+    "subtrack": (
+        SubTrack,
+        {**GALORE, "grassmann_step": 0.01},  # angles of about 0.3
+        ReferenceSubTrack,
+        {**GALORE, "alpha": 0.25, "corrected_eps": False, "inside": 0.0, "eta": 0.01},
+        "svd",
+    ),
+    "grass": (Grass, GALORE, ReferenceGrass, {**GALORE, "alpha": 0.25, "transition": "move"}, "identity"),
 }
 
 
@@ -176,7 +193,8 @@ def expected(method: str) -> dict[str, list[Tensor]]:
             reference = GoLoreReference(initial_weight(shape), **options, random=_golore(name))
         else:
             chosen = basis if isinstance(basis, str) else basis(name)
-            reference = make(initial_weight(shape), **options, basis=chosen)
+            offset = sorted(SHAPES).index(name) if options.get("stagger") else 0  # ParameterDict sorts
+            reference = make(initial_weight(shape), **options, basis=chosen, offset=offset)
         weights = []
         for gradient in prescribed_gradients(shape, STEPS, seed=index):
             reference.step(gradient)
@@ -309,10 +327,52 @@ def test_parts_that_make_no_sense_are_refused_with_what_is_allowed(options: dict
         GaLore([nn.Parameter(torch.ones(4, 4))], **options)
 
 
+def _steps_of_choices(recipe: Any, position: int, steps: int) -> list[int]:
+    return [step for step in range(1, steps + 1) if recipe.at(position).refreshes(step)]
+
+
+def test_staggered_matrices_choose_at_the_first_step_and_then_in_turn() -> None:
+    galore = GaLore([nn.Parameter(torch.ones(4, 4))], refresh_interval=3, refresh_stagger=True)
+    dct = DCTAdamW([nn.Parameter(torch.ones(4, 4))], refresh_interval=3, refresh_stagger=True)
+    steps = {
+        make: [_steps_of_choices(each.recipe(each.param_groups[0]), position, 9) for position in range(4)]
+        for make, each in (("galore", galore), ("dct", dct))
+    }
+    assert steps == {
+        "galore": [[1, 4, 7], [1, 2, 5, 8], [1, 3, 6, 9], [1, 4, 7]],
+        "dct": [[1, 3, 6, 9], [1, 4, 7], [1, 2, 5, 8], [1, 3, 6, 9]],
+    }
+    for each in (galore, dct):
+        recipe = each.recipe(each.param_groups[0])
+        for position in range(4):
+            numbers = [recipe.at(position).choices_before(step) for step in _steps_of_choices(recipe, position, 30)]
+            assert numbers[0] == 0
+            assert all(later > earlier for earlier, later in pairwise(numbers))
+
+
+def test_a_staggered_run_continues_to_the_bit_from_its_saved_state() -> None:
+    shapes = [(6, 4), (5, 7), (4, 4)]
+    whole = [nn.Parameter(initial_weight(shape, seed=i)) for i, shape in enumerate(shapes)]
+    updater = Frugal(whole, rank=2, refresh_interval=3, refresh_stagger=True)
+    for step in range(12):
+        if step == 5:
+            halves = [nn.Parameter(p.detach().clone()) for p in whole]
+            loaded = Frugal(halves, rank=2, refresh_interval=3)
+            loaded.load_state_dict(updater.state_dict())
+        for i, p in enumerate(whole):
+            p.grad = prescribed_gradients(shapes[i], 12, seed=i)[step]
+        updater.step()
+        if step >= 5:
+            for mine, other in zip(halves, whole, strict=True):
+                mine.grad = other.grad
+            loaded.step()
+    assert all(torch.equal(mine, other) for mine, other in zip(halves, whole, strict=True))
+
+
 def test_any_combination_of_parts_trains() -> None:
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(12, 8, generator=generator)
-    for subspace in ("svd", "randomized_svd", "power", "gaussian", "stiefel", "coordinates", "dct2"):
+    for subspace in ("svd", "randomized_svd", "power", "grassmann", "gaussian", "stiefel", "coordinates", "dct2"):
         for residual in ("none", "error_feedback_int8", "sign", "norm_scaled", "gradient_scaled"):
             for transition in ("keep", "move", "reset", "move_variance"):
                 weight = nn.Parameter(torch.zeros(12, 8))

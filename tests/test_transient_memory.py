@@ -17,7 +17,7 @@ from processes import run_on_ranks
 from test_sharded_trajectories import Model, random_cuts, shard
 from torch import nn
 
-from dist_lowrank.optim import Apollo, DCTAdamW, Fira, Frugal, GaLore, LDAdam, Trion
+from dist_lowrank.optim import Apollo, DCTAdamW, Fira, Frugal, GaLore, LDAdam, SubTrack, Trion
 from dist_lowrank.optim.rounding import CHUNK_ELEMENTS
 from dist_lowrank.optim.transient import held_bytes, scratch_bytes
 from dist_lowrank.sharding.exchanged import FlatSlice
@@ -58,6 +58,7 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any], torch.dtype]] = {
     "apollo": (Apollo, {"refresh_interval": 2}, torch.float32),
     "apollo, bf16 weights": (Apollo, {"refresh_interval": 2}, BF16),
     "ldadam": (LDAdam, {}, torch.float32),
+    "subtrack": (SubTrack, {"refresh_interval": 2, "rank": 0.75}, torch.float32),
     "fft": (DCTAdamW, {"transform": "fft", "materialize": False}, torch.float32),
     "fft, hadamard": (
         DCTAdamW,

@@ -34,7 +34,9 @@ Dictionary = Literal["dct2", "dct3", "hadamard", "random", "identity"]
 Transform = Literal["gemm", "fft", "auto"]
 Ranking = Literal["l2", "l1"]
 Side = Literal["shorter", "longer", "right", "left", "unsharded"]
-Projection = Literal["svd", "randomized_svd", "power", "svd_then_stiefel", "gaussian", "stiefel", "coordinates"]
+Projection = Literal[
+    "svd", "randomized_svd", "power", "grassmann", "svd_then_stiefel", "gaussian", "stiefel", "coordinates"
+]
 ErrorFeedback = Literal["error_feedback", "error_feedback_bf16", "error_feedback_int8", "error_feedback_int4"]
 AddedRows = Literal["sign", "norm_scaled", "gradient_scaled"]
 WeightRounding = Literal["nearest", "stochastic"]  # of bf16 weights
@@ -124,6 +126,7 @@ class DCTAdamWConfig:
     weight_decay: NonNegativeFloat = 0.0
     rank: Rank = 0.25
     refresh_interval: PositiveInt = 1
+    refresh_stagger: bool = False
     dictionary: Dictionary = "dct2"
     transform: Transform = "gemm"
     materialize: bool = True
@@ -173,7 +176,9 @@ class ProjectedConfig:
     `conf/optimizer/{subspace,moments,residual,transition}` hold the parts; the presets name four of them.
     """
 
-    name: Literal["galore", "galore2", "golore", "fira", "frugal", "apollo", "apollo_mini", "ldadam"]
+    name: Literal[
+        "galore", "galore2", "golore", "fira", "frugal", "apollo", "apollo_mini", "ldadam", "subtrack", "grass"
+    ]
     lr: PositiveFloat = 0.01
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-6
@@ -183,8 +188,10 @@ class ProjectedConfig:
     side: Literal["shorter", "shorter_left", "longer", "right", "left", "unsharded"] = "shorter"
     subspace: Literal[Projection, Dictionary] = "svd"
     refresh_interval: PositiveInt = 200
+    refresh_stagger: bool = False
     switch_step: PositiveInt | None = None  # null: after 80 % of the steps
     rho: Annotated[float, Field(ge=0, le=1)] = 0.908
+    grassmann_step: NonNegativeFloat = 10.0
     ranking: Ranking = "l2"
     transform: Transform = "gemm"
     materialize: bool = True

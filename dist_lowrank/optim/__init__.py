@@ -9,11 +9,13 @@ from dist_lowrank.optim.dct_adamw import DCTAdamW
 from dist_lowrank.optim.fira import Fira
 from dist_lowrank.optim.frugal import Frugal
 from dist_lowrank.optim.galore import GaLore, GoLore
+from dist_lowrank.optim.grass import Grass
 from dist_lowrank.optim.ldadam import LDAdam
 from dist_lowrank.optim.param_groups import param_groups
 from dist_lowrank.optim.projected_adam import ProjectedAdam
 from dist_lowrank.optim.published import published
 from dist_lowrank.optim.state_dict import full_state_dict
+from dist_lowrank.optim.subtrack import SubTrack
 from dist_lowrank.optim.trion import Trion
 from dist_lowrank.sharding.layouts import LayoutError
 
@@ -24,9 +26,11 @@ __all__ = [
     "Frugal",
     "GaLore",
     "GoLore",
+    "Grass",
     "LDAdam",
     "LayoutError",
     "ProjectedAdam",
+    "SubTrack",
     "Trion",
     "full_state_dict",
     "param_groups",

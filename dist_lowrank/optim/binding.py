@@ -40,6 +40,7 @@ class BoundMatrix:
     layout: Layout
     dtype: torch.dtype  # of the arithmetic
     specs: Mapping[str, StateTensor]  # of its state, beside the step counter
+    position: int = 0  # among the matrices of the optimizer
     captured_energy: Tensor | None = None  # share of the score in the chosen columns, at the last refresh
     previous_indices: Tensor | None = None  # what was chosen before the last refresh; empty if that was the first
 

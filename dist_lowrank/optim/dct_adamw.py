@@ -49,6 +49,8 @@ class DCTAdamW(LowRankOptimizer):
             step is 3.2 times the learning rate.
         rank: number of columns (int) or fraction of n (float).
         refresh_interval: steps between choices of columns.
+        refresh_stagger: matrix number i of the optimizer chooses i steps later (modulo the interval), but all at step
+            1: a step holds and sends less of what choosing needs.
         dictionary: `dct2`, `dct3`, `hadamard` (n even; blocks of the largest power of two that divides n), `random`,
             `identity`.
         transform: how gradients are multiplied by the whole dictionary: `gemm`, by its matrix; `fft`, in O(n log n)
@@ -101,6 +103,7 @@ class DCTAdamW(LowRankOptimizer):
         *,
         rank: int | float = 0.25,
         refresh_interval: int = 1,
+        refresh_stagger: bool = False,
         dictionary: str = "dct2",
         transform: str = "gemm",
         materialize: bool = True,
@@ -125,6 +128,7 @@ class DCTAdamW(LowRankOptimizer):
             "weight_decay": weight_decay,
             "rank": rank,
             "refresh_interval": refresh_interval,
+            "refresh_stagger": refresh_stagger,
             "dictionary": dictionary,
             "transform": transform,
             "materialize": materialize,
@@ -153,6 +157,7 @@ class DCTAdamW(LowRankOptimizer):
         return LowRank(
             **column_options(group),
             refresh_interval=group["refresh_interval"],
+            refresh_stagger=group["refresh_stagger"],
             moments=Adam(group["betas"], group["eps"], group["column_bias_correction"], group["moment_dtype"]),
             residual=_RESIDUALS[group["error_feedback"]],
             transition=group["transition"],

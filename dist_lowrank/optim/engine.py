@@ -78,12 +78,21 @@ class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
         self.agree_on_gradients = agree_on_gradients
         self._steps = 0  # of this object; state counts its own
         self._flat: dict[Tensor, FlatPlace] = {}
+        self._positions: dict[str, int] = {}  # of matrices by name, in the order in which they were bound first
         self.given = GivenParameters()  # and not by DeepSpeed put in their place
         self._forget_binding()
         super().__init__(params, {**PATH_OPTIONS, **defaults})
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("process_group", "workspace_bytes", "verify_every", "agree_on_gradients", "_steps", "_flat")
+        kept = (
+            "process_group",
+            "workspace_bytes",
+            "verify_every",
+            "agree_on_gradients",
+            "_steps",
+            "_flat",
+            "_positions",
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -157,7 +166,7 @@ class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
                         f"{option}: {structure[option]!r} is not allowed after state was made with "
                         f"{bound.structure[option]!r}; allowed: the same"
                     )
-                jobs += [(matrix, recipe) for matrix in bound.matrices]
+                jobs += [(matrix, recipe.at(matrix.position)) for matrix in bound.matrices]
             dense.append((self.dense_options(group), [each for bound in updated for each in bound.dense]))
         count_steps(jobs, state)
         with no_autocast({bound.parameter.device.type for bound in everything}):
@@ -256,6 +265,8 @@ class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
             if plain:
                 self._unchecked.append((name, parameter))
         bound.fresh_state = {}
+        for matrix in bound.matrices:
+            matrix.position = self._positions.setdefault(matrix.name, len(self._positions))
         self._bound[parameter] = bound
         return bound
 

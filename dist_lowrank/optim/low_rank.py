@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,11 +39,14 @@ class LowRank(Recipe):
     transition: str = "move"
     alpha: float = 1.0  # factor of the direction, but not of what the residual adds
     refresh_after_first: bool = False  # at steps 1, T + 1, 2 T + 1, ... instead of 1, T, 2 T, ...
+    refresh_stagger: bool = False  # matrix number i chooses at step 1 and then i steps after these
+    refresh_offset: int = 0  # these i steps, modulo the interval; `at` sets it
     return_momentum: bool = False  # of columns that are dropped, to the residual
 
     def __post_init__(self) -> None:
         Recipe.__post_init__(self)
         check_count("refresh_interval", self.refresh_interval)
+        check_choice("refresh_stagger", self.refresh_stagger, (False, True))
         check_choice("transition", self.transition, TRANSITIONS)
         if self.return_momentum and not self.residual.needs_coordinates:
             raise refuse("error_feedback_momentum", True, "False without error_feedback, which is 'none'")
@@ -61,15 +64,16 @@ class LowRank(Recipe):
         parts = (self.subspace, self.moments, self.residual)
         return {key: spec for part in parts for key, spec in part.state(form, dtype).items()}
 
+    def at(self, position: int) -> LowRank:
+        return replace(self, refresh_offset=position % self.refresh_interval) if self.refresh_stagger else self
+
     def refreshes(self, step: int) -> bool:
-        """Whether directions are chosen at a step."""
-        if self.refresh_after_first:
-            return (step - 1) % self.refresh_interval == 0
-        return step == 1 or step % self.refresh_interval == 0
+        return step == 1 or (step - self.refresh_after_first - self.refresh_offset) % self.refresh_interval == 0
 
     def choices_before(self, step: int) -> int:
         """At a step that chooses: a number that grows with each choice, 0 at the first."""
-        return 0 if step == 1 else max(1, (step - self.refresh_after_first) // self.refresh_interval)
+        later = (step - self.refresh_after_first - self.refresh_offset) // self.refresh_interval
+        return 0 if step == 1 else max(1, later + (self.refresh_offset > 0))
 
     @property
     def full_rows(self) -> bool:

@@ -1,6 +1,7 @@
 """Adam on the coefficients of a subspace, from four named parts: subspace, moments, residual, transition.
 
-What GaLore, GoLore, Fira, FRUGAL, APOLLO and LDAdam have in common; each of them is a preset in a file of its own.
+What GaLore, GoLore, Fira, FRUGAL, APOLLO, LDAdam, SubTrack++ and Grass have in common; each of them is a preset in a
+file of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dist_lowrank.dictionaries import DICTIONARIES
 from dist_lowrank.optim.columns import DictionaryColumns
 from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import LowRankOptimizer
+from dist_lowrank.optim.grassmann import Grassmann
 from dist_lowrank.optim.low_rank import LowRank
 from dist_lowrank.optim.moments import Adam
 from dist_lowrank.optim.options import check_choice, refuse
@@ -22,7 +24,7 @@ from dist_lowrank.optim.residuals import Accumulate, Drop, GradientScaled, NormS
 from dist_lowrank.optim.storage import Floats, Levels, Storage
 from dist_lowrank.optim.subspace import Subspace
 
-PROJECTIONS = ("svd", "randomized_svd", "power", "svd_then_stiefel", "gaussian", "stiefel", "coordinates")
+PROJECTIONS = ("svd", "randomized_svd", "power", "grassmann", "svd_then_stiefel", "gaussian", "stiefel", "coordinates")
 SUBSPACES = (*PROJECTIONS, *DICTIONARIES)
 ERROR_FEEDBACKS: Mapping[str, Storage] = {
     "error_feedback": Floats(),
@@ -41,8 +43,10 @@ DEFAULTS: dict[str, Any] = {
     "side": "shorter",
     "subspace": "svd",
     "refresh_interval": 200,
+    "refresh_stagger": False,
     "switch_step": None,
     "rho": 0.908,
+    "grassmann_step": 10.0,
     "ranking": "l2",
     "transform": "gemm",
     "materialize": True,
@@ -73,10 +77,12 @@ class ProjectedAdam(LowRankOptimizer):
         alpha: factor of the lifted direction, but not of what the residual adds.
         side: as `DCTAdamW`'s; `shorter_left` sends square matrices left.
         subspace: `svd`; `randomized_svd`; `power`, one power iteration from the subspace before, on `rho` of momentum
-            and `1 - rho` of gradient; `gaussian`, `stiefel`, `coordinates`, drawn at random; `svd_then_stiefel`, drawn
-            from `switch_step` on; or the columns of most energy of a dictionary, `dct2`, `dct3`, `hadamard`, `random`,
+            and `1 - rho` of gradient; `grassmann`, the subspace before, turned by `grassmann_step` towards what it
+            misses; `gaussian`, `stiefel`, `coordinates`, drawn at random; `svd_then_stiefel`, drawn from `switch_step`
+            on; or the columns of most energy of a dictionary, `dct2`, `dct3`, `hadamard`, `random`,
             `identity` (with `ranking`, `transform`, `materialize` as `DCTAdamW`'s).
         refresh_interval: T; directions are chosen at steps 1, T + 1, 2 T + 1, ...
+        refresh_stagger: as `DCTAdamW`'s.
         transition: of the moments when the directions change: `keep`, `move`, `reset`, `move_variance`.
         bias_correction: by the `step`, or by the age of each direction, `choice`.
         corrected_eps: add eps to the bias-corrected root of the second moment, as torch's AdamW; False: to the root
@@ -111,7 +117,7 @@ class ProjectedAdam(LowRankOptimizer):
             raise refuse("bias_correction", "choice", f"'step' with subspace={group['subspace']!r}, or 'reset'")
         same = ("lr", "weight_decay", "rank", "side", "seed", "weight_rounding", "refresh_interval", "transition")
         return LowRank(
-            **{key: group[key] for key in (*same, "alpha", "decay_last", "return_momentum")},
+            **{key: group[key] for key in (*same, "alpha", "decay_last", "return_momentum", "refresh_stagger")},
             refresh_after_first=True,
             subspace=_subspace(group),
             moments=Adam(group["betas"], group["eps"], by_age, group["moment_dtype"], group["corrected_eps"]),
@@ -132,6 +138,8 @@ def _subspace(group: Mapping[str, Any]) -> Subspace:
         return SvdThenRandom(group["switch_step"])
     if name == "power":
         return PowerIteration(group["rho"])
+    if name == "grassmann":
+        return Grassmann(group["grassmann_step"])
     kinds = {"gaussian": "gaussian", "stiefel": "orthonormal", "coordinates": "coordinates"}
     return RandomProjection(kinds[name]) if name in kinds else Svd() if name == "svd" else RandomizedSvd()
 

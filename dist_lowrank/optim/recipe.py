@@ -92,6 +92,14 @@ class Recipe(ABC):
             noise: random numbers of these rows at this step.
         """
 
+    def at(self, position: int) -> Recipe:
+        """The recipe of the matrix that is at a position among those of the optimizer, the same on all ranks."""
+        return self
+
+    def refreshes(self, step: int) -> bool:
+        """Whether directions are chosen at a step."""
+        return True
+
     def check(self, form: TallForm) -> None:  # noqa: B027 (most have nothing to refuse)
         """Raises ValueError for a matrix that has no such update."""
 

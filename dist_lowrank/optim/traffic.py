@@ -43,7 +43,7 @@ class Collective:
 
 
 def collectives_of_step(
-    optimizer: LowRankOptimizer, *, refresh: bool = True, verification: bool = False
+    optimizer: LowRankOptimizer, *, refresh: bool = True, step: int | None = None, verification: bool = False
 ) -> list[Collective]:
     """The collectives of one step in which every parameter has a gradient, in order.
 
@@ -52,18 +52,21 @@ def collectives_of_step(
 
     Args:
         refresh: every matrix chooses its columns at this step; otherwise those alone that do so at each.
+        step: its number, which says of each matrix whether it chooses (with `refresh_stagger`, some do), in place of
+            `refresh`.
         verification: the columns of all matrices are compared at this step (see `verify_every`).
     """
     bound = [parameter for members in optimizer.bind() for parameter in members]
     jobs = [
-        (matrix, recipe)
+        (matrix, recipe.at(matrix.position))
         for group, members in zip(optimizer.param_groups, optimizer.bind(), strict=True)
         for recipe in [optimizer.recipe(group)]
         for parameter in members
         for matrix in parameter.matrices
     ]
     collectives = list(_of_agreement(bound)) if optimizer.agree_on_gradients else []
-    collectives += [each for wave in cut_waves(jobs, optimizer.workspace_bytes) for each in _of_wave(wave, refresh)]
+    for wave in cut_waves(jobs, optimizer.workspace_bytes):
+        collectives += _of_wave(wave, refresh, step)
     if verification:
         collectives += _of_verification([matrix for matrix, _ in jobs])
     return collectives
@@ -77,12 +80,15 @@ def _of_agreement(parameters: Sequence[BoundParameter]) -> Iterator[Collective]:
             yield Collective("agreement", "all_reduce", torch.uint8, size * groups.count(group))
 
 
-def _of_wave(wave: Sequence[Job], refresh: bool) -> Iterator[Collective]:
+def _of_wave(wave: Sequence[Job], refresh: bool, step: int | None) -> Iterator[Collective]:
     wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
     matrices = [matrix for matrix, _ in wave]
     fetched = [(matrix, _fetched(matrix)) for matrix in matrices if matrix.layout.exchanges]
     yield from _fused("rows", "all_to_all", fetched)
-    rounds = [recipe.rounds(matrix.layout.form, refresh) for matrix, recipe in wave]
+    rounds = [
+        recipe.rounds(matrix.layout.form, refresh if step is None else recipe.refreshes(step))
+        for matrix, recipe in wave
+    ]
     for sizes in zip_longest(*rounds):  # by round; None: the rule has ended
         shared = [
             (matrix, size) for matrix, size in zip(matrices, sizes, strict=True) if matrix.layout.group is not None
