@@ -39,6 +39,7 @@ Projection = Literal[
 ]
 ErrorFeedback = Literal["error_feedback", "error_feedback_bf16", "error_feedback_int8", "error_feedback_int4"]
 AddedRows = Literal["sign", "norm_scaled", "gradient_scaled"]
+StateDtype = Literal["weights"] | None  # null: of the arithmetic
 WeightRounding = Literal["nearest", "stochastic"]  # of bf16 weights
 
 
@@ -137,6 +138,7 @@ class DCTAdamWConfig:
     error_feedback_momentum: bool = False
     column_bias_correction: bool = False
     moment_dtype: Literal["fp32", "bf16", "int8"] | None = None
+    state_dtype: StateDtype = None
     weight_rounding: WeightRounding = "nearest"
 
     @model_validator(mode="after")
@@ -166,6 +168,7 @@ class TrionConfig:
     dense_lr: PositiveFloat = 3e-4
     dense_betas: tuple[Beta, Beta] = (0.9, 0.95)
     dense_eps: PositiveFloat = 1e-8
+    state_dtype: StateDtype = None
     weight_rounding: WeightRounding = "nearest"
 
 
@@ -199,6 +202,7 @@ class ProjectedConfig:
     bias_correction: Literal["step", "choice"] = "step"
     corrected_eps: bool = True
     moment_dtype: Literal["fp32", "bf16", "int8"] | None = None
+    state_dtype: StateDtype = None
     residual: Literal["none", ErrorFeedback, AddedRows] = "none"
     residual_scale: NonNegativeFloat = 1.0
     residual_inside: Annotated[float, Field(ge=0, le=1)] = 0.0

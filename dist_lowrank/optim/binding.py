@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from dist_lowrank.optim.dense import DenseParameter, arithmetic_dtype, dense_state
+from dist_lowrank.optim.dense import DenseParameter, arithmetic_dtype, dense_state, state_dtype
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.optim.state_dict import STRUCTURAL_OPTIONS
@@ -141,7 +141,7 @@ def bind_parameter(
             "it; allowed: FSDP2, `torch.distributed.fsdp.fully_shard`"
         )
     bound = BoundParameter(name, parameter, structure_of(options), sharers_of(parameter, replicas, place))
-    fresh = bound.fresh_state
+    fresh, stored = bound.fresh_state, state_dtype(parameter, options.get("state_dtype"))
     for piece in cut_parameter(name, parameter, options, place):
         if not piece.whole and not local(parameter).is_contiguous():
             raise ValueError(
@@ -152,7 +152,7 @@ def bind_parameter(
             dense = DenseParameter(piece, parameter, None if place is None else place.group)
             bound.dense.append(dense)
             if not state:
-                fresh |= dense_state(dense)
+                fresh |= dense_state(dense, stored)
             continue
         form = tall_form(piece.shape, recipe.side, recipe.rank, sharded_axis(piece, parameter))
         try:
@@ -160,9 +160,8 @@ def bind_parameter(
         except ValueError as error:
             raise ValueError(f"parameter {piece.name!r} of shape {form.shape}: {error}") from None
         layout = read_layout(piece, parameter, form, replicas, None if place is None else place.group)
-        dtype = arithmetic_dtype(parameter)
-        specs = recipe.state(form, dtype)
-        bound.matrices.append(BoundMatrix(piece, parameter, layout, dtype, specs))
+        specs = recipe.state(form, stored)
+        bound.matrices.append(BoundMatrix(piece, parameter, layout, arithmetic_dtype(parameter), specs))
         if not state and f"{piece.prefix}step" not in fresh:  # the matrices of a stack share theirs
             fresh[f"{piece.prefix}step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             fresh |= {piece.prefix + key: _zeros(piece, layout, spec, parameter) for key, spec in specs.items()}

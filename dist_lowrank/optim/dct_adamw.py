@@ -76,6 +76,9 @@ class DCTAdamW(LowRankOptimizer):
             moment stands still for betas near 1; `torch.int8`, 8-bit codes that are rounded such that the mean is
             exact, and a float32 scale per row and 256 columns; or None for the dtype of the arithmetic, which is
             float32, or float64 for float64 parameters.
+        state_dtype: of all other state that is floating-point, the moments of the dense path too: None for the dtype of
+            the arithmetic; `weights` for that of the weights, rounded to nearest, which is what published code keeps
+            of bfloat16 weights.
         weight_rounding: of bfloat16 weights: `nearest`, which loses updates below 1/512 of the weight, or
             `stochastic`, up or down at random such that the mean is exact, from a hash of seed, parameter name, step
             and position, so the same under every sharding. No effect on float32 and float64 weights.
@@ -114,6 +117,7 @@ class DCTAdamW(LowRankOptimizer):
         error_feedback_momentum: bool = False,
         column_bias_correction: bool = False,
         moment_dtype: torch.dtype | None = None,
+        state_dtype: str | None = None,
         weight_rounding: str = "nearest",
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
@@ -139,6 +143,7 @@ class DCTAdamW(LowRankOptimizer):
             "error_feedback_momentum": error_feedback_momentum,
             "column_bias_correction": column_bias_correction,
             "moment_dtype": moment_dtype,
+            "state_dtype": state_dtype,
             "weight_rounding": weight_rounding,
             "seed": seed,
         }

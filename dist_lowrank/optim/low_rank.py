@@ -60,7 +60,6 @@ class LowRank(Recipe):
         self.subspace.check(form)
 
     def state(self, form: TallForm, dtype: torch.dtype) -> dict[str, StateTensor]:
-        """All state of one matrix whose update is computed in `dtype`."""
         parts = (self.subspace, self.moments, self.residual)
         return {key: spec for part in parts for key, spec in part.state(form, dtype).items()}
 

@@ -55,6 +55,7 @@ def check_rank(value: Any) -> None:
 
 def check_path_options(group: Mapping[str, Any]) -> None:
     """Of `PATH_OPTIONS`, all but `low_rank`."""
+    check_choice("state_dtype", group.get("state_dtype"), (None, "weights"))
     check_choice("higher_dims", group["higher_dims"], ("dense", "stack", "flatten"))
     if group["split_dim"] not in (0, 1):
         raise refuse("split_dim", group["split_dim"], "0, 1")

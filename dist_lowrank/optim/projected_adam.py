@@ -54,6 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "bias_correction": "step",
     "corrected_eps": True,
     "moment_dtype": None,
+    "state_dtype": None,
     "residual": "none",
     "residual_scale": 1.0,
     "residual_inside": 0.0,
@@ -95,7 +96,7 @@ class ProjectedAdam(LowRankOptimizer):
         residual_limit: how much the norm of a scaled residual may grow in a step; 0: without limit.
         return_momentum: what of the momentum the new directions lack goes to the error feedback.
         decay_last: decay the updated weights; False: the weights before the update, as torch's AdamW.
-        moment_dtype, weight_rounding, seed: as `DCTAdamW`'s.
+        moment_dtype, state_dtype, weight_rounding, seed: as `DCTAdamW`'s.
         process_group, workspace_bytes, verify_every, agree_on_gradients: as `DCTAdamW`'s.
 
     Raises:

@@ -104,7 +104,7 @@ class StoredProjection:
         return rows
 
     def stored(self, state: Mapping[str, Tensor], place: Place) -> Projection:
-        return Projection(state["projection"])
+        return Projection(state["projection"].to(place.dtype))
 
     def store(self, basis: Projection, state: Mapping[str, Tensor]) -> None:
         state["projection"].copy_(basis.vectors)
@@ -197,7 +197,7 @@ class PowerIteration(StoredProjection):
         if number == 0:
             return (yield from Svd().choose(coordinates, state, place, number, mean))
         assert mean is not None
-        vectors = state["projection"]
+        vectors = state["projection"].to(place.dtype)
         rows = torch.addmm(coordinates, mean, vectors.t(), beta=1 - self.rho, alpha=self.rho)[place.owned]
         product = yield rows.t() @ (rows @ vectors)
         # No order is lost: QR keeps the span of each leading block. Its signs are fixed, so that bases are continuous.

@@ -71,7 +71,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
-        """All state of one matrix whose update is computed in `dtype`, beside its step counter."""
+        """All state of one matrix beside its step counter, in `dtype` where nothing else is said."""
 
     @abstractmethod
     def rounds(self, form: TallForm, refresh: bool) -> list[int | Whole]:

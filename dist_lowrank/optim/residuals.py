@@ -166,7 +166,8 @@ class _Limited(Drop):
         check_number("residual_limit", self.limit)
 
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
-        return {"residual_norm": StateTensor(1, dtype, "other_state", sharded=False)} if self.limit else {}
+        wide = torch.promote_types(dtype, torch.float32)  # bfloat16 does not resolve the limit
+        return {"residual_norm": StateTensor(1, wide, "other_state", sharded=False)} if self.limit else {}
 
     def limited(self, norm: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """The factor under which the norm, (), stays within the limit."""

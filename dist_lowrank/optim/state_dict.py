@@ -19,6 +19,7 @@ STRUCTURAL_OPTIONS = (
     "bias_correction",
     "side",
     "moment_dtype",
+    "state_dtype",
     "error_feedback",
     "low_rank",
     "higher_dims",

@@ -54,7 +54,7 @@ def scratch_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
     rows, part = form.n * layout.largest_block, layout.largest_part
     coefficients = form.rank * layout.largest_block
     sums = largest_sum(recipe, form)
-    state = [spec for spec in recipe.state(form, matrix.dtype).values() if spec.sharded]
+    state = [spec for spec in matrix.specs.values() if spec.sharded]
     converted = any(spec.dtype != matrix.dtype for spec in state)  # read and written through copies
     choosing = (3 if converted else 1) * rows  # coordinates beside what they are made of; squared
     inside = 6 * coefficients + 5 * sums  # moments, parts of the direction; powers of a Gram matrix

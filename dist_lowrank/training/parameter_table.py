@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dist_lowrank.config import ConfigError
 from dist_lowrank.config.schema import AdamWConfig, RunConfig
-from dist_lowrank.optim.dense import arithmetic_dtype
+from dist_lowrank.optim.dense import state_dtype
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.sharding.exchanged import flat_layout
@@ -55,9 +56,9 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
                 recipe.check(form)
             except ValueError as error:
                 raise ConfigError(f"optimizer.{error} (parameter {name!r} of shape {form.shape})") from error
-            specs[name] = recipe.state(form, arithmetic_dtype(model.get_parameter(name)))
+            specs[name] = recipe.state(form, _state_dtype(config, model.get_parameter(name)))
     if config.strategy.zero_stage:
-        placed = _under_zero(config.strategy.zero_stage, world_size, model, route(model, config.model), forms, specs)
+        placed = _under_zero(config, world_size, model, route(model, config.model), forms, specs)
     else:
         placed = _under_torch(config, world_size, model, forms, specs)
     rows = []
@@ -94,7 +95,7 @@ def _under_torch(
         if name not in forms:
             first = math.ceil(parameter.shape[0] / shards) if parameter.ndim else 1
             elements = first * math.prod(parameter.shape[1:])
-            placed[name] = _placement(config, 0), _dense_bytes(elements, parameter)
+            placed[name] = _placement(config, 0), _dense_bytes(elements, config, parameter)
         else:
             form = forms[name]
             dimension = shard_dimension(form, shards) if shards > 1 else form.rows_axis
@@ -104,7 +105,7 @@ def _under_torch(
 
 
 def _under_zero(
-    stage: int,
+    config: RunConfig,
     world_size: int,
     model: nn.Module,
     groups: Sequence[Mapping[str, Any]],
@@ -112,6 +113,8 @@ def _under_zero(
     specs: Mapping[str, Mapping[str, StateTensor]],
 ) -> dict[str, tuple[str, int]]:
     """The same under DeepSpeed: on the rank that is the fullest in all, since a rank has much of some matrices."""
+    stage = config.strategy.zero_stage
+    assert stage
     by_rank: list[dict[str, int]] = [{} for _ in range(world_size)]
     for name, parameter, slices in chain.from_iterable(cut_groups(groups, stage, world_size)):
         for rank, own in enumerate(slices):
@@ -119,14 +122,19 @@ def _under_zero(
                 layout = flat_layout(forms[name], slices, rank, None)
                 by_rank[rank][name] = _low_rank_bytes(layout.stop - layout.start, specs[name])
             else:
-                by_rank[rank][name] = _dense_bytes(own.stop - own.start, parameter)
+                by_rank[rank][name] = _dense_bytes(own.stop - own.start, config, parameter)
     fullest = max(by_rank, key=lambda held: sum(held.values()))
     placement = f"ZeRO-{stage}, {'parameters' if stage == 3 else 'groups'} cut in {world_size}"
     return {name: (placement, held) for name, held in fullest.items()}
 
 
-def _dense_bytes(elements: int, parameter: Tensor) -> int:
-    return 2 * elements * arithmetic_dtype(parameter).itemsize + 4
+def _dense_bytes(elements: int, config: RunConfig, parameter: Tensor) -> int:
+    return 2 * elements * _state_dtype(config, parameter).itemsize + 4
+
+
+def _state_dtype(config: RunConfig, parameter: Tensor) -> torch.dtype:
+    """In which state is kept where nothing else is said; torch's AdamW keeps its own in the weights' dtype."""
+    return state_dtype(parameter, getattr(config.optimizer, "state_dtype", "weights"))
 
 
 def _low_rank_bytes(rows: int, specs: Mapping[str, StateTensor]) -> int:
