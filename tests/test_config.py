@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -268,8 +267,7 @@ def test_the_digest_covers_what_changes_the_science(override: str) -> None:
     assert len(changed) == 12
 
 
-def test_a_bad_key_ends_the_command_quickly_and_without_torch() -> None:
-    started = time.monotonic()
+def test_a_bad_key_is_refused_before_torch_is_imported() -> None:
     script = (
         "import sys; from dist_lowrank.config import compose, ConfigError\n"
         "try: compose(sys.argv[1:])\n"
@@ -279,7 +277,6 @@ def test_a_bad_key_ends_the_command_quickly_and_without_torch() -> None:
     command = [sys.executable, "-c", script, "optimizer.rank=0"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == [f"optimizer.rank: 0 is not allowed; allowed: {RANK}", "[]"]
-    assert time.monotonic() - started < 5
 
 
 def test_an_installed_package_uses_the_configuration_inside_it(tmp_path: Path) -> None:
