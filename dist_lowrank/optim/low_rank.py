@@ -47,6 +47,8 @@ class LowRank(Recipe):
         Recipe.__post_init__(self)
         check_count("refresh_interval", self.refresh_interval)
         check_choice("refresh_stagger", self.refresh_stagger, (False, True))
+        if self.refresh_stagger and self.refresh_interval == 1:
+            raise refuse("refresh_stagger", True, "False with refresh_interval=1, when all choose at every step")
         check_choice("transition", self.transition, TRANSITIONS)
         if self.return_momentum and not self.residual.needs_coordinates:
             raise refuse("error_feedback_momentum", True, "False without error_feedback, which is 'none'")

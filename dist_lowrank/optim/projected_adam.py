@@ -113,9 +113,7 @@ class ProjectedAdam(LowRankOptimizer):
         check_choice("moment_dtype", group["moment_dtype"], (None, torch.float32, torch.bfloat16, torch.int8))
         check_choice("bias_correction", group["bias_correction"], ("step", "choice"))
         by_age = group["bias_correction"] == "choice"
-        if by_age and group["transition"] != "reset" and group["subspace"] in PROJECTIONS:
-            # Directions of a projection turn into each other, so that none has an age.
-            raise refuse("bias_correction", "choice", f"'step' with subspace={group['subspace']!r}, or 'reset'")
+        _check_parts(group)
         same = ("lr", "weight_decay", "rank", "side", "seed", "weight_rounding", "refresh_interval", "transition")
         return LowRank(
             **{key: group[key] for key in (*same, "alpha", "decay_last", "return_momentum", "refresh_stagger")},
@@ -128,6 +126,29 @@ class ProjectedAdam(LowRankOptimizer):
     def dense_options(self, group: dict[str, Any]) -> DenseOptions:
         keys = ("lr", "betas", "eps", "weight_decay", "weight_rounding", "seed")
         return DenseOptions(**{key: group[key] for key in keys})
+
+
+def _check_parts(group: Mapping[str, Any]) -> None:
+    """Refuses parts that contradict each other."""
+    subspace, transition, residual = group["subspace"], group["transition"], group["residual"]
+    if group["bias_correction"] == "choice" and transition != "reset" and subspace in PROJECTIONS:
+        # Directions of a projection turn into each other, so that none has an age.
+        raise refuse("bias_correction", "choice", f"'step' with subspace={subspace!r}, or 'reset'")
+    if group["bias_correction"] == "choice" and transition == "move_variance":
+        raise refuse(
+            "transition",
+            transition,
+            "keep, move, reset with bias_correction='choice' (the variance is that of moments corrected by the step)",
+        )
+    if subspace == "gaussian" and residual in (*ERROR_FEEDBACKS, "sign", "norm_scaled"):
+        raise refuse(
+            "residual",
+            residual,
+            "none, gradient_scaled with subspace='gaussian', whose vectors are not orthonormal, so that A - A P P^T is "
+            "not what is outside of it (subspace='stiefel' is random and orthonormal)",
+        )
+    if group["switch_step"] is not None and subspace != "svd_then_stiefel":
+        raise refuse("switch_step", group["switch_step"], f"None with subspace={subspace!r}, which never switches")
 
 
 def _subspace(group: Mapping[str, Any]) -> Subspace:

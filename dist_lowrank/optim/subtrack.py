@@ -26,8 +26,10 @@ class SubTrack(ProjectedAdam):
     | moments at a refresh | moved (`move_variance`) |
     | state per matrix | 2 L r moments, n r projection, 1 norm |
 
-    The published code differs: for matrices with at least as many rows as columns its tangent is zero, so that they
-    keep their first subspace; it multiplies the moved second moments by 1 - b2. So its numbers are not these.
+    The published code leaves `1 - alpha` of what is inside the subspace in S (`residual_inside=0.75`) and decays after
+    the update (`decay_last=True`): `published`. No option reproduces the rest: of matrices with at least as many rows
+    as columns its tangent is zero, so that they keep their first subspace (`grassmann_step=0` does); moments are moved
+    a step before their subspace, always from the first one, and second moments times 1 - b2. Its numbers are not these.
 
     Args:
         grassmann_step: eta. The angle is `sigma eta` and sigma goes with the square of the gradient, so it has to fit

@@ -35,7 +35,7 @@ def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.opt
         return torch.optim.AdamW(groups, fused=True, **options)
     if "moment_dtype" in options:
         options["moment_dtype"] = _MOMENT_DTYPES[options["moment_dtype"]]
-    if options.get("switch_step", 0) is None:
+    if options.get("subspace") == "svd_then_stiefel" and options["switch_step"] is None:
         options["switch_step"] = max(1, round(_SWITCH_FRACTION * config.train.steps))
     # A training step leaves gradients of the same parameters on all ranks, so they need not ask each other.
     options |= {"seed": config.seed, "agree_on_gradients": False}
