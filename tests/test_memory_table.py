@@ -18,7 +18,7 @@ from dist_lowrank.training.parameter_table import parameter_table
 
 SIZES = ("60m", "130m", "350m", "1b", "7b")
 RANKS = dict(zip(SIZES, (128, 256, 256, 512, 1024), strict=True))
-RANKED = ("galore", "galore2", "golore", "fira", "ldadam", "apollo")
+RANKED = ("galore", "galore2", "golore", "fira", "ldadam", "apollo", "subtrack", "grass")
 # By optimizer: what has to be said beside bf16 weights and the rank, and the figures by size.
 GALORE = (0.280, 0.611, 1.389, 4.763, 22.88)
 TABLE: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
@@ -31,6 +31,9 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     "apollo": ((), (0.273, 0.578, 1.301, 4.411, 21.00)),
     "apollo_mini": ((), (0.247, 0.465, 0.999, 3.205, 14.53)),
     "frugal": ((), (0.273, 0.550, 1.301, 4.411)),
+    # Of these there is no published figure, only the forecast below.
+    "subtrack": ((), ()),
+    "grass": ((), ()),
 }
 
 

@@ -115,6 +115,7 @@ class HubData:
     text_column: str = "text"
     shuffle_buffer: PositiveInt = 10_000  # documents
     sequence_length: PositiveInt = 256
+    packing: bool = True  # false: a block is one document, cut or padded; padding is no target
     workers: Annotated[int, Field(ge=0, le=0, strict=True)] = 0
 
 
@@ -279,6 +280,7 @@ class TrainConfig:
     clip_norm: PositiveFloat | None = 1.0  # global norm of the raw gradient; null: no clipping
     eval_interval: PositiveInt = 100  # steps
     eval_sequences: PositiveInt = 256  # held-out sequences per evaluation, at most
+    eval_legacy_counter: bool = False  # count one batch too many, as published low-rank code does; depends on the ranks
     deterministic: bool = False  # torch.use_deterministic_algorithms
     export: bool = True  # write the model and tokenizer in Hugging Face format at the end
     sample_tokens: NonNegativeInt = 64  # of generated text printed at the end
