@@ -75,12 +75,13 @@ class DionRecipe(Recipe):
 
 
 def _without_zeros(right: Tensor, place: Place) -> Tensor:
-    """The right factor (n, r), in which columns that are zero are one of the n axes, drawn at random.
+    """The right factor (n, r), in which columns that are zero are replaced by axes, drawn at random.
 
     A column is zero if the momentum had less than r directions, and would be for ever.
     """
     n, rank = right.shape
-    axes = place.random.at("axes", torch.arange(rank, device=right.device)) % n
+    columns = torch.arange(rank, device=right.device)
+    axes = (place.random.at("axes", columns[:1]) + columns) % n  # from a random one on, each once
     drawn = torch.zeros_like(right).scatter_(0, axes.unsqueeze(0), 1.0)
     return torch.where(right.any(dim=0), right, drawn)
 
