@@ -6,11 +6,14 @@ optimizer = DCTAdamW(param_groups(model), lr=1e-3, rank=0.25)
 
 from dist_lowrank.optim.apollo import Apollo
 from dist_lowrank.optim.dct_adamw import DCTAdamW
+from dist_lowrank.optim.dion import Dion
+from dist_lowrank.optim.dion3 import Dion3
 from dist_lowrank.optim.fira import Fira
 from dist_lowrank.optim.frugal import Frugal
 from dist_lowrank.optim.galore import GaLore, GoLore
 from dist_lowrank.optim.grass import Grass
 from dist_lowrank.optim.ldadam import LDAdam
+from dist_lowrank.optim.muon import Muon
 from dist_lowrank.optim.param_groups import param_groups
 from dist_lowrank.optim.projected_adam import ProjectedAdam
 from dist_lowrank.optim.published import published
@@ -22,6 +25,8 @@ from dist_lowrank.sharding.layouts import LayoutError
 __all__ = [
     "Apollo",
     "DCTAdamW",
+    "Dion",
+    "Dion3",
     "Fira",
     "Frugal",
     "GaLore",
@@ -29,6 +34,7 @@ __all__ = [
     "Grass",
     "LDAdam",
     "LayoutError",
+    "Muon",
     "ProjectedAdam",
     "SubTrack",
     "Trion",

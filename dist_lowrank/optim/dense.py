@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,24 @@ class DenseOptions:
         check_betas(f"{self.prefix}betas", self.betas)
         check_number(f"{self.prefix}eps", self.eps)
         check_number("weight_decay", self.weight_decay)
+
+
+def scheduled_dense_options(group: dict[str, Any]) -> DenseOptions:
+    """Of a group with `dense_` options of its own, for optimizers that orthogonalise matrices.
+
+    `dense_lr` follows `lr`, which schedulers change, in proportion to what `lr` was before any did.
+    """
+    base_lr = group.setdefault("base_lr", float(group.get("initial_lr", group["lr"])))
+    factor = float(group["lr"]) / base_lr if base_lr else 1.0
+    return DenseOptions(
+        group["dense_lr"] * factor,
+        group["dense_betas"],
+        group["dense_eps"],
+        group["weight_decay"],
+        "dense_",
+        group["weight_rounding"],
+        group["seed"],
+    )
 
 
 @dataclass(frozen=True, slots=True)

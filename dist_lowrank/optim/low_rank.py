@@ -18,7 +18,7 @@ from torch import Tensor
 from dist_lowrank.optim.columns import DictionaryColumns
 from dist_lowrank.optim.moments import Moments
 from dist_lowrank.optim.options import check_choice, check_count, refuse
-from dist_lowrank.optim.recipe import Recipe, Update, Whole
+from dist_lowrank.optim.recipe import Recipe, Rounds, Update
 from dist_lowrank.optim.residuals import Residual
 from dist_lowrank.optim.rounding import RowNoise
 from dist_lowrank.optim.state import StateTensor
@@ -86,7 +86,7 @@ class LowRank(Recipe):
     def columns_delivered(self, form: TallForm) -> int:
         return self.residual.lifts * form.rank + self.full_rows
 
-    def rounds(self, form: TallForm, refresh: bool) -> list[int | Whole]:
+    def rounds(self, form: TallForm, refresh: bool) -> Rounds:
         chosen = self.subspace.statistics(form) if refresh or self.refresh_interval == 1 else []
         return [*chosen, *self.moments.statistics(form), *self.residual.statistics(form)]
 

@@ -26,8 +26,17 @@ from dist_lowrank.sharding.rule import Rule
 SCALES: dict[str, Callable[[int, int], float]] = {
     "none": lambda rows, cols: 1.0,
     "spectral": lambda rows, cols: max(1.0, (rows / cols) ** 0.5),
+    "fan_ratio": lambda rows, cols: float((rows / cols) ** 0.5),
     "match_rms_adamw": lambda rows, cols: 0.2 * max(rows, cols) ** 0.5,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A round that sums over ranks, in another dtype than that of the arithmetic."""
+
+    elements: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +44,10 @@ class Whole:
     """A round in which the owner of a matrix gets all of its rows."""
 
     columns: int  # of each row that travel, and come back
+    dtype: torch.dtype | None = None  # in which they do; None: of the arithmetic
+
+
+Rounds = list[int | Sum | Whole]  # an integer: a sum of that many elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +87,7 @@ class Recipe(ABC):
         """All state of one matrix beside its step counter, in `dtype` where nothing else is said."""
 
     @abstractmethod
-    def rounds(self, form: TallForm, refresh: bool) -> list[int | Whole]:
+    def rounds(self, form: TallForm, refresh: bool) -> Rounds:
         """What the rule of one matrix yields, in order: the size of a sum over ranks, or rows that one rank gets whole.
 
         Args:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dist_lowrank.optim.binding import BoundMatrix, BoundParameter
 from dist_lowrank.optim.engine import LowRankOptimizer
-from dist_lowrank.optim.recipe import Whole
+from dist_lowrank.optim.recipe import Sum, Whole
 from dist_lowrank.optim.wave import Job, cut_waves
 from dist_lowrank.sharding.layouts import local
 from dist_lowrank.sharding.rounds import owners, work
@@ -83,7 +83,7 @@ def _of_agreement(parameters: Sequence[BoundParameter]) -> Iterator[Collective]:
 def _of_wave(wave: Sequence[Job], refresh: bool, step: int | None) -> Iterator[Collective]:
     wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
     matrices = [matrix for matrix, _ in wave]
-    fetched = [(matrix, _fetched(matrix)) for matrix in matrices if matrix.layout.exchanges]
+    fetched = [(matrix, _fetched(matrix), matrix.dtype) for matrix in matrices if matrix.layout.exchanges]
     yield from _fused("rows", "all_to_all", fetched)
     rounds = [
         recipe.rounds(matrix.layout.form, refresh if step is None else recipe.refreshes(step))
@@ -91,27 +91,35 @@ def _of_wave(wave: Sequence[Job], refresh: bool, step: int | None) -> Iterator[C
     ]
     for sizes in zip_longest(*rounds):  # by round; None: the rule has ended
         shared = [
-            (matrix, size) for matrix, size in zip(matrices, sizes, strict=True) if matrix.layout.group is not None
+            (matrix, Sum(size, matrix.dtype) if isinstance(size, int) else size)
+            for matrix, size in zip(matrices, sizes, strict=True)
+            if matrix.layout.group is not None
         ]
-        yield from _fused("sums", "all_reduce", [(matrix, size) for matrix, size in shared if isinstance(size, int)])
-        yield from _to_owners([(matrix, size.columns) for matrix, size in shared if isinstance(size, Whole)])
+        sums = [(matrix, size.elements, size.dtype) for matrix, size in shared if isinstance(size, Sum)]
+        yield from _fused("sums", "all_reduce", sums)
+        yield from _to_owners([(matrix, size) for matrix, size in shared if isinstance(size, Whole)])
     deliveries = [matrix.layout.delivery(recipe.full_rows) for matrix, recipe in wave]
     gathered = [
-        (matrix, matrix.layout.largest_block * recipe.columns_delivered(matrix.layout.form))  # short blocks are padded
+        # Short blocks are padded.
+        (matrix, matrix.layout.largest_block * recipe.columns_delivered(matrix.layout.form), matrix.dtype)
         for (matrix, recipe), delivery in zip(wave, deliveries, strict=True)
         if delivery == "coefficients"
     ]
     yield from _fused("coefficients", "all_gather", gathered)
-    returned = [(matrix, _returned(matrix)) for matrix, d in zip(matrices, deliveries, strict=True) if d == "rows"]
+    returned = [
+        (matrix, _returned(matrix), matrix.dtype)
+        for matrix, delivery in zip(matrices, deliveries, strict=True)
+        if delivery == "rows"
+    ]
     yield from _fused("updates", "all_to_all", returned)
 
 
-def _to_owners(matrices: Sequence[tuple[BoundMatrix, int]]) -> Iterator[Collective]:
+def _to_owners(matrices: Sequence[tuple[BoundMatrix, Whole]]) -> Iterator[Collective]:
     """The two exchanges of a round in which owners get whole matrices: there, and back."""
     by_channel: dict[Any, list[tuple[BoundMatrix, int]]] = {}
-    for matrix, columns in matrices:
-        channel = (matrix.layout.group, matrix.dtype, local(matrix.parameter).device)
-        by_channel.setdefault(channel, []).append((matrix, columns))
+    for matrix, whole in matrices:
+        channel = (matrix.layout.group, whole.dtype or matrix.dtype, local(matrix.parameter).device)
+        by_channel.setdefault(channel, []).append((matrix, whole.columns))
     for (group, dtype, _), members in by_channel.items():
         rank, sent, returned = dist.get_rank(group), 0, 0
         shapes = [(matrix.layout.form.rows, columns) for matrix, columns in members]
@@ -134,11 +142,11 @@ def _of_verification(matrices: Sequence[BoundMatrix]) -> Iterator[Collective]:
         yield Collective("verification", "all_gather", torch.int64, count)
 
 
-def _fused(purpose: str, operation: str, sent: Sequence[tuple[BoundMatrix, int]]) -> Iterator[Collective]:
+def _fused(purpose: str, operation: str, sent: Sequence[tuple[BoundMatrix, int, torch.dtype]]) -> Iterator[Collective]:
     """One collective per process group, dtype and device, from the elements that each matrix puts in it."""
     totals: dict[tuple[dist.ProcessGroup | None, torch.dtype, torch.device], int] = {}
-    for matrix, elements in sent:
-        channel = (matrix.layout.group, matrix.dtype, local(matrix.parameter).device)
+    for matrix, elements, dtype in sent:
+        channel = (matrix.layout.group, dtype, local(matrix.parameter).device)
         totals[channel] = totals.get(channel, 0) + elements
     for (_, dtype, _), total in totals.items():
         yield Collective(purpose, operation, dtype, total)

@@ -9,17 +9,20 @@ Both are bounds, from what all ranks know; `tests/test_transient_memory.py` meas
 
 from __future__ import annotations
 
+import torch
+
 from dist_lowrank.optim.binding import BoundMatrix
-from dist_lowrank.optim.recipe import Recipe, Whole
+from dist_lowrank.optim.recipe import Recipe, Sum, Whole
 from dist_lowrank.optim.rounding import CHUNK_ELEMENTS
 from dist_lowrank.sharding.layouts import TallForm
 
 _NOISE_BYTES = 48  # per element that is rounded at random, of which CHUNK_ELEMENTS at once: 64-bit hashes of positions
 
 
-def largest_sum(recipe: Recipe, form: TallForm) -> int:
-    """Elements of the largest sum over ranks in the rule of a matrix."""
-    return max((each for each in recipe.rounds(form, refresh=True) if isinstance(each, int)), default=0)
+def largest_sum_bytes(recipe: Recipe, form: TallForm, dtype: torch.dtype) -> int:
+    """Of the largest sum over ranks in the rule of a matrix whose update is computed in `dtype`."""
+    sums = [Sum(each, dtype) if isinstance(each, int) else each for each in recipe.rounds(form, refresh=True)]
+    return max((each.elements * each.dtype.itemsize for each in sums if isinstance(each, Sum)), default=0)
 
 
 def whole_columns(recipe: Recipe, form: TallForm) -> int:
@@ -44,8 +47,8 @@ def held_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
         # Sent, received, stacked and computed. Owners have their share of all matrices of the wave, and at most one
         # more, which is in the scratch.
         phases[0] += (2 * layout.largest_block + 5 * -(-form.rows // layout.group_size)) * whole
-    sums = 3 * largest_sum(recipe, form)  # this rank's, packed, received
-    return (max(phases) + sums) * matrix.dtype.itemsize
+    sums_bytes = 3 * largest_sum_bytes(recipe, form, matrix.dtype)  # this rank's, packed, received
+    return max(phases) * matrix.dtype.itemsize + sums_bytes
 
 
 def scratch_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
@@ -53,7 +56,7 @@ def scratch_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
     layout, form = matrix.layout, matrix.layout.form
     rows, part = form.n * layout.largest_block, layout.largest_part
     coefficients = form.rank * layout.largest_block
-    sums = largest_sum(recipe, form)
+    sums = largest_sum_bytes(recipe, form, matrix.dtype) // matrix.dtype.itemsize
     state = [spec for spec in matrix.specs.values() if spec.sharded]
     converted = any(spec.dtype != matrix.dtype for spec in state)  # read and written through copies
     choosing = (3 if converted else 1) * rows  # coordinates beside what they are made of; squared

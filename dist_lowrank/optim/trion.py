@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_lowrank.optim.dense import DenseOptions
+from dist_lowrank.optim.dense import DenseOptions, scheduled_dense_options
 from dist_lowrank.optim.engine import VERIFY_EVERY, WORKSPACE_BYTES, LowRankOptimizer
 from dist_lowrank.optim.low_rank import LowRank, column_options
 from dist_lowrank.optim.moments import NewtonSchulz
@@ -105,15 +105,4 @@ class Trion(LowRankOptimizer):
         )
 
     def dense_options(self, group: dict[str, Any]) -> DenseOptions:
-        # What `lr` was before any scheduler.
-        base_lr = group.setdefault("base_lr", float(group.get("initial_lr", group["lr"])))
-        factor = float(group["lr"]) / base_lr if base_lr else 1.0
-        return DenseOptions(
-            group["dense_lr"] * factor,
-            group["dense_betas"],
-            group["dense_eps"],
-            group["weight_decay"],
-            "dense_",
-            group["weight_rounding"],
-            group["seed"],
-        )
+        return scheduled_dense_options(group)

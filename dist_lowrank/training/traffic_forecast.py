@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from dist_lowrank.config.schema import AdamWConfig, RunConfig, TrionConfig
+from dist_lowrank.config.schema import AdamWConfig, DCTAdamWConfig, ProjectedConfig, RunConfig
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.traffic import PURPOSES, Collective, collectives_of_step
 from dist_lowrank.sharding.pieces import FlatPart
@@ -47,7 +47,7 @@ def forecast_traffic(config: RunConfig, world_size: int) -> list[TrafficRow]:
         verifying = []
         if optimizer.verify_every:
             verifying = collectives_of_step(optimizer, refresh=True, verification=True)[len(at_refresh) :]
-        if not isinstance(config.optimizer, TrionConfig) and config.optimizer.refresh_stagger:
+        if isinstance(config.optimizer, DCTAdamWConfig | ProjectedConfig) and config.optimizer.refresh_stagger:
             one_interval = range(2, config.optimizer.refresh_interval + 2)  # after the first step, at which all choose
             steps = (collectives_of_step(optimizer, step=step) for step in one_interval)
             at_refresh = max(steps, key=lambda sent: sum(each.bytes for each in sent))
