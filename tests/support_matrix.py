@@ -18,7 +18,10 @@ from typing import Any
 
 import pytest
 
-OPTIMIZERS = ("DCTAdamW", "Trion", "GaLore", "GoLore", "Fira", "Frugal", "Apollo", "LDAdam")
+OPTIMIZERS = (
+    *("DCTAdamW", "Trion", "GaLore", "GoLore", "Fira", "Frugal", "Apollo", "LDAdam"),
+    *("SCALE", "Adafactor", "CAME", "SMMF", "AdamW8bit"),
+)
 STRATEGIES = (
     *("one process", "DDP", "FSDP2", "HSDP", "flat slices", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"),
     *("FSDP1", "layer-wise hooks", "strided shards", "two sharded mesh dimensions"),
@@ -33,6 +36,7 @@ _STRATEGY_NAMES = {
     "ddp": "DDP",
     "fsdp": "FSDP2",
     "fsdp_rows": "FSDP2",
+    "fsdp_last": "FSDP2",
     "hsdp": "HSDP",
     "flat": "flat slices",
     **{f"zero{stage}": f"ZeRO-{stage}" for stage in range(4)},

@@ -10,6 +10,7 @@ from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import VERIFY_EVERY, WORKSPACE_BYTES, LowRankOptimizer
 from dist_lowrank.optim.low_rank import LowRank, column_options
 from dist_lowrank.optim.moments import NewtonSchulz
+from dist_lowrank.optim.options import dense_rate
 from dist_lowrank.optim.residuals import Accumulate
 
 
@@ -103,11 +104,8 @@ class Trion(LowRankOptimizer):
         )
 
     def dense_options(self, group: dict[str, Any]) -> DenseOptions:
-        # What `lr` was before any scheduler.
-        base_lr = group.setdefault("base_lr", float(group.get("initial_lr", group["lr"])))
-        factor = float(group["lr"]) / base_lr if base_lr else 1.0
         return DenseOptions(
-            group["dense_lr"] * factor,
+            dense_rate(group),
             group["dense_betas"],
             group["dense_eps"],
             group["weight_decay"],
