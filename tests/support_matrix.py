@@ -20,9 +20,8 @@ import pytest
 
 OPTIMIZERS = (
     *("DCTAdamW", "Trion", "GaLore", "GoLore", "Fira", "Frugal", "Apollo", "LDAdam", "SubTrack", "Grass"),
-    "Muon",
-    "Dion",
-    "Dion3",
+    *("Muon", "Dion", "Dion3"),
+    *("SCALE", "Adafactor", "CAME", "SMMF", "AdamW8bit"),
 )
 STRATEGIES = (
     *("one process", "DDP", "FSDP2", "HSDP", "flat slices", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"),
@@ -39,6 +38,7 @@ _STRATEGY_NAMES = {
     "fsdp": "FSDP2",
     "fsdp_rows": "FSDP2",
     "fsdp_columns": "FSDP2",
+    "fsdp_last": "FSDP2",
     "hsdp": "HSDP",
     "flat": "flat slices",
     **{f"zero{stage}": f"ZeRO-{stage}" for stage in range(4)},

@@ -38,9 +38,9 @@ def _sent(rank: int, overrides: list[str]) -> list[Totals]:
     """By rank 0, at steps 2 to 4; the first also compares replicas."""
     config = compose(overrides)
     model = build_model(config)
-    forms = low_rank_forms(route(model, config.model), config)
+    forms = low_rank_forms(route(model, config), config)
     wrapped = apply_strategy(model, blocks(model), config.strategy, config.precision, forms, torch.device("cpu"))
-    updater = make_optimizer(config, route(model, config.model))
+    updater = make_optimizer(config, route(model, config))
     steps = []
     for _ in range(4):
         for parameter in wrapped.parameters():

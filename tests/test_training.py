@@ -228,9 +228,9 @@ def test_bf16_weights_train_and_notice_small_updates_with_stochastic_rounding(
 def _collectives_of_the_default_model(rank: int, optimizer: str) -> list[tuple[str, int]]:
     config = compose([f"optimizer={optimizer}"])
     model = build_model(config)
-    forms = low_rank_forms(route(model, config.model), config)
+    forms = low_rank_forms(route(model, config), config)
     apply_strategy(model, blocks(model), config.strategy, config.precision, forms, torch.device("cpu"))
-    updater = make_optimizer(config, route(model, config.model))
+    updater = make_optimizer(config, route(model, config))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     with CountCollectives() as counter:

@@ -41,6 +41,7 @@ ErrorFeedback = Literal["error_feedback", "error_feedback_bf16", "error_feedback
 AddedRows = Literal["sign", "norm_scaled", "gradient_scaled"]
 StateDtype = Literal["weights"] | None  # null: of the arithmetic
 WeightRounding = Literal["nearest", "stochastic"]  # of bf16 weights
+Vocabulary = Literal["dense", "matrices"]  # the path of embeddings and output head
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -215,6 +216,75 @@ class ProjectedConfig:
 
 
 @dataclass(frozen=True, config=_CONFIG)
+class SCALEConfig:
+    name: Literal["scale"]
+    lr: PositiveFloat = 1e-3
+    momentum: Beta = 0.9  # of the output head
+    moment_dtype: Literal["fp32", "bf16"] | None = None
+    weight_decay: NonNegativeFloat = 0.0
+    dense_lr: PositiveFloat = 1e-3
+    dense_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    dense_eps: PositiveFloat = 1e-8
+    vocabulary: Vocabulary = "matrices"
+    weight_rounding: WeightRounding = "nearest"
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class AdafactorConfig:
+    name: Literal["adafactor"]
+    lr: PositiveFloat = 1e-3
+    beta1: Beta | None = None  # of momentum; null: without
+    decay_rate: Annotated[float, Field(le=0)] = -0.8
+    eps: PositiveFloat = 1e-30
+    clip_threshold: PositiveFloat = 1.0
+    weight_decay: NonNegativeFloat = 0.0
+    dense_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    dense_eps: PositiveFloat = 1e-8
+    vocabulary: Vocabulary = "matrices"
+    weight_rounding: WeightRounding = "nearest"
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class CAMEConfig:
+    name: Literal["came"]
+    lr: PositiveFloat = 2e-4
+    betas: tuple[Beta, Beta, Beta] = (0.9, 0.999, 0.9999)
+    eps: tuple[PositiveFloat, PositiveFloat] = (1e-30, 1e-16)
+    clip_threshold: PositiveFloat = 1.0
+    weight_decay: NonNegativeFloat = 0.0
+    dense_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    dense_eps: PositiveFloat = 1e-8
+    vocabulary: Vocabulary = "matrices"
+    weight_rounding: WeightRounding = "nearest"
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class SMMFConfig:
+    name: Literal["smmf"]
+    lr: PositiveFloat = 1e-3
+    beta: Beta = 0.9
+    eps: PositiveFloat = 1e-8
+    growth: Annotated[float, Field(ge=0, le=1)] = 0.999
+    gamma: Annotated[float, Field(le=0)] = -0.5
+    weight_decay: NonNegativeFloat = 0.0
+    dense_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    dense_eps: PositiveFloat = 1e-8
+    vocabulary: Vocabulary = "matrices"
+    weight_rounding: WeightRounding = "nearest"
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class AdamW8bitConfig:
+    name: Literal["adamw8bit"]
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    vocabulary: Vocabulary = "matrices"
+    weight_rounding: WeightRounding = "nearest"
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class AdamWConfig:
     """The full-rank baseline, torch.optim.AdamW."""
 
@@ -307,7 +377,18 @@ class RunConfig:
 
     model: ModelConfig
     data: Annotated[CorpusData | TextData | HubData, Field(discriminator="source")]
-    optimizer: Annotated[DCTAdamWConfig | TrionConfig | ProjectedConfig | AdamWConfig, Field(discriminator="name")]
+    optimizer: Annotated[
+        DCTAdamWConfig
+        | TrionConfig
+        | ProjectedConfig
+        | SCALEConfig
+        | AdafactorConfig
+        | CAMEConfig
+        | SMMFConfig
+        | AdamW8bitConfig
+        | AdamWConfig,
+        Field(discriminator="name"),
+    ]
     strategy: StrategyConfig
     precision: PrecisionConfig
     schedule: ScheduleConfig

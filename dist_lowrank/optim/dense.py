@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from dist_lowrank.optim.options import check_betas, check_number
+from dist_lowrank.optim.options import check_betas, check_number, dense_rate
 from dist_lowrank.optim.rounding import RandomBits, store_weight
 from dist_lowrank.sharding.layouts import global_offset, local
 from dist_lowrank.sharding.pieces import Piece
@@ -37,14 +37,9 @@ class DenseOptions:
 
 
 def scheduled_dense_options(group: dict[str, Any]) -> DenseOptions:
-    """Of a group with `dense_` options of its own, for optimizers that orthogonalise matrices.
-
-    `dense_lr` follows `lr`, which schedulers change, in proportion to what `lr` was before any did.
-    """
-    base_lr = group.setdefault("base_lr", float(group.get("initial_lr", group["lr"])))
-    factor = float(group["lr"]) / base_lr if base_lr else 1.0
+    """Of a group with `dense_` options of its own, for optimizers that orthogonalise matrices."""
     return DenseOptions(
-        group["dense_lr"] * factor,
+        dense_rate(group),
         group["dense_betas"],
         group["dense_eps"],
         group["weight_decay"],

@@ -8,6 +8,8 @@ from typing import Any
 
 # What only groups say: which parameters are matrices, and of which matrices they consist.
 PATH_OPTIONS = {"low_rank": True, "higher_dims": "dense", "split": None, "split_dim": 0}
+# Of the engine, not of a parameter group.
+ENGINE_OPTIONS = ("process_group", "workspace_bytes", "verify_every", "agree_on_gradients")
 
 
 def refuse(name: str, value: object, allowed: str) -> ValueError:
@@ -64,3 +66,9 @@ def check_path_options(group: Mapping[str, Any]) -> None:
         raise refuse("split", sizes, "None, or a list of sizes")
     for size in sizes or ():
         check_count("split", size)
+
+
+def dense_rate(group: dict[str, Any]) -> float:
+    """`dense_lr`, in proportion to what a scheduler has made of `lr` since the group was added."""
+    base_lr = group.setdefault("base_lr", float(group.get("initial_lr", group["lr"])))
+    return float(group["dense_lr"] * (float(group["lr"]) / base_lr if base_lr else 1.0))

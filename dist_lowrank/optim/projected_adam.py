@@ -18,7 +18,7 @@ from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.grassmann import Grassmann
 from dist_lowrank.optim.low_rank import LowRank
 from dist_lowrank.optim.moments import Adam
-from dist_lowrank.optim.options import check_choice, refuse
+from dist_lowrank.optim.options import ENGINE_OPTIONS, check_choice, refuse
 from dist_lowrank.optim.projections import PowerIteration, RandomizedSvd, RandomProjection, Svd, SvdThenRandom
 from dist_lowrank.optim.residuals import Accumulate, Drop, GradientScaled, NormScaled, Residual, Sign
 from dist_lowrank.optim.storage import Floats, Levels, Storage
@@ -65,8 +65,6 @@ DEFAULTS: dict[str, Any] = {
     "weight_rounding": "nearest",
     "seed": 0,
 }
-# Of the engine, not of a parameter group.
-ENGINE_OPTIONS = ("process_group", "workspace_bytes", "verify_every", "agree_on_gradients")
 
 
 class ProjectedAdam(LowRankOptimizer):

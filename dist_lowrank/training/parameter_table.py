@@ -46,19 +46,19 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
             nothing, a dictionary without the size or without the transform.
     """
     model = build_model(config, meta=True)
-    groups = route(model, config.model)
+    groups = route(model, config)
     forms = low_rank_forms(groups, config)
     specs: dict[str, Mapping[str, StateTensor]] = {}
     if not isinstance(config.optimizer, AdamWConfig):
-        recipe = _recipe(config, groups)
+        recipes = _recipes(config, groups)
         for name, form in forms.items():
             try:
-                recipe.check(form)
+                recipes[name].check(form)
             except ValueError as error:
                 raise ConfigError(f"optimizer.{error} (parameter {name!r} of shape {form.shape})") from error
-            specs[name] = recipe.state(form, _state_dtype(config, model.get_parameter(name)))
+            specs[name] = recipes[name].state(form, _state_dtype(config, model.get_parameter(name)))
     if config.strategy.zero_stage:
-        placed = _under_zero(config, world_size, model, route(model, config.model), forms, specs)
+        placed = _under_zero(config, world_size, model, route(model, config), forms, specs)
     else:
         placed = _under_torch(config, world_size, model, forms, specs)
     rows = []
@@ -150,13 +150,14 @@ def _side(form: TallForm) -> str:
     return form.side if form.side == published else f"{form.side} (published: {published})"
 
 
-def _recipe(config: RunConfig, groups: list[dict[str, Any]]) -> Recipe:
+def _recipes(config: RunConfig, groups: list[dict[str, Any]]) -> dict[str, Recipe]:
+    """By parameter name."""
     try:
         optimizer: Any = make_optimizer(config, groups)
     except ValueError as error:
         raise ConfigError(f"optimizer.{error}") from error
-    recipe: Recipe = optimizer.recipe(optimizer.param_groups[0])
-    return recipe
+    by_group = [(group["param_names"], optimizer.recipe(group)) for group in optimizer.param_groups]
+    return {name: recipe for names, recipe in by_group for name in names}
 
 
 def _placement(config: RunConfig, dimension: int) -> str:

@@ -78,7 +78,7 @@ class Trainer:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self.model_configuration = model.config
         self.flops_per_token = model_flops_per_token(model, config.data.sequence_length)
-        self._announce(model, route(model, config.model))
+        self._announce(model, route(model, config))
         if config.model.compile:
             for block in blocks(model):
                 block.compile()

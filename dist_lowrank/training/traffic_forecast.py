@@ -63,9 +63,9 @@ def _optimizer_on_layouts(config: RunConfig) -> LowRankOptimizer:
     if config.strategy.zero_stage:
         return _optimizer_on_flat_tensors(config, model)
     if config.strategy.name not in ("ddp", "zero0"):  # under which the optimizer sees the plain parameters
-        forms = low_rank_forms(route(model, config.model), config)
+        forms = low_rank_forms(route(model, config), config)
         apply_strategy(model, blocks(model), config.strategy, config.precision, forms, torch.device("cpu"))
-    optimizer = make_optimizer(config, route(model, config.model))
+    optimizer = make_optimizer(config, route(model, config))
     assert isinstance(optimizer, LowRankOptimizer)
     return optimizer
 
@@ -75,8 +75,8 @@ def _optimizer_on_flat_tensors(config: RunConfig, model: nn.Module) -> LowRankOp
     stage, rank, group_of_all = config.strategy.zero_stage, dist.get_rank(), dist.group.WORLD
     assert stage is not None
     assert group_of_all is not None
-    cuts = cut_groups(route(model, config.model), stage, dist.get_world_size())
-    optimizer = make_optimizer(config, route(model, config.model))
+    cuts = cut_groups(route(model, config), stage, dist.get_world_size())
+    optimizer = make_optimizer(config, route(model, config))
     assert isinstance(optimizer, LowRankOptimizer)
     for group, members in zip(optimizer.param_groups, cuts, strict=True):
         parts, position = [], 0
