@@ -85,6 +85,20 @@ def test_check_prints_what_a_run_sends(
     assert printed["every 100 steps"]["allgather_"][0] == 1
 
 
+def test_check_prints_what_a_change_of_shared_dictionaries_sends_beside_the_rest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = [*TINY, "strategy=ddp", "optimizer.dictionary=shared", "optimizer.dictionary_interval=4"]
+    overrides += ["launcher.device=cpu", "launcher.nproc_per_node=2"]
+    assert main(["check", *overrides]) == 0
+    printed = _printed(capsys.readouterr().out)
+    ordinary, _, change = run_on_ranks(2, _sent, overrides)[0]
+    assert printed["every step"] == ordinary
+    calls, size = printed["every 4 steps"]["allreduce_"]
+    assert calls == 2  # traces, Gram matrices
+    assert change["allreduce_"] == (calls + ordinary["allreduce_"][0], size + ordinary["allreduce_"][1])
+
+
 def test_check_says_that_adamw_sends_nothing_and_what_is_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *TINY, "optimizer=adamw", "launcher.device=cpu"]) == 0
     text = capsys.readouterr().out

@@ -30,7 +30,7 @@ Rank = (
 )
 # Part of a folder's name.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of letters, digits, '.', '_', '-'")]
-Dictionary = Literal["dct2", "dct3", "hadamard", "random", "identity"]
+Dictionary = Literal["dct2", "dct3", "hadamard", "random", "identity", "shared"]
 Transform = Literal["gemm", "fft", "auto"]
 Ranking = Literal["l2", "l1"]
 Side = Literal["shorter", "longer", "right", "left", "unsharded"]
@@ -131,6 +131,7 @@ class DCTAdamWConfig:
     refresh_interval: PositiveInt = 1
     refresh_stagger: bool = False
     dictionary: Dictionary = "dct2"
+    dictionary_interval: PositiveInt = 500  # steps between changes of `shared`
     transform: Transform = "gemm"
     materialize: bool = True
     ranking: Ranking = "l2"
@@ -161,6 +162,7 @@ class TrionConfig:
     weight_decay: NonNegativeFloat = 0.01
     rank: Rank = 0.25
     dictionary: Dictionary = "dct2"
+    dictionary_interval: PositiveInt = 500  # steps between changes of `shared`
     transform: Transform = "gemm"
     materialize: bool = True
     ranking: Ranking = "l2"
@@ -195,6 +197,7 @@ class ProjectedConfig:
     refresh_interval: PositiveInt = 200
     refresh_stagger: bool = False
     switch_step: PositiveInt | None = None  # null: after 80 % of the steps
+    dictionary_interval: PositiveInt = 600  # steps between changes of `shared`; a multiple of refresh_interval
     rho: Annotated[float, Field(ge=0, le=1)] = 0.908
     grassmann_step: NonNegativeFloat = 10.0
     ranking: Ranking = "l2"

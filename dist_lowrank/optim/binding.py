@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dist_lowrank.optim.dense import DenseParameter, arithmetic_dtype, dense_state, state_dtype
 from dist_lowrank.optim.recipe import Recipe
+from dist_lowrank.optim.roles import Role
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.optim.state_dict import STRUCTURAL_OPTIONS
 from dist_lowrank.sharding.layouts import Layout, LayoutError, local, tall_form
@@ -43,6 +44,7 @@ class BoundMatrix:
     position: int = 0  # among the matrices of the optimizer
     captured_energy: Tensor | None = None  # share of the score in the chosen columns, at the last refresh
     previous_indices: Tensor | None = None  # what was chosen before the last refresh; empty if that was the first
+    role: Role | None = None  # whose dictionary it shares
 
     @property
     def name(self) -> str:

@@ -52,7 +52,10 @@ class DCTAdamW(LowRankOptimizer):
         refresh_stagger: matrix number i of the optimizer chooses i steps later (modulo the interval), but all at step
             1: a step holds and sends less of what choosing needs.
         dictionary: `dct2`, `dct3`, `hadamard` (n even; blocks of the largest power of two that divides n), `random`,
-            `identity`.
+            `identity`; `shared`, learned together by all matrices of one role (`dist_lowrank.optim.roles`): the
+            eigenvectors of their summed Gram matrices, an n x n matrix of state per role.
+        dictionary_interval: with `dictionary="shared"`, steps between changes of dictionaries; a multiple of
+            refresh_interval.
         transform: how gradients are multiplied by the whole dictionary: `gemm`, by its matrix; `fft`, in O(n log n)
             (scipy's on a CPU where it is installed, else torch's; butterflies for `hadamard`; not for `random`);
             `auto`, by the faster of the two, measured once per (dictionary, n, dtype, device) and process. All agree
@@ -108,6 +111,7 @@ class DCTAdamW(LowRankOptimizer):
         refresh_interval: int = 1,
         refresh_stagger: bool = False,
         dictionary: str = "dct2",
+        dictionary_interval: int = 500,
         transform: str = "gemm",
         materialize: bool = True,
         ranking: str = "l2",
@@ -134,6 +138,7 @@ class DCTAdamW(LowRankOptimizer):
             "refresh_interval": refresh_interval,
             "refresh_stagger": refresh_stagger,
             "dictionary": dictionary,
+            "dictionary_interval": dictionary_interval,
             "transform": transform,
             "materialize": materialize,
             "ranking": ranking,

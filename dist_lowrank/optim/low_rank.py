@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_lowrank.optim.columns import DictionaryColumns
 from dist_lowrank.optim.moments import Moments
 from dist_lowrank.optim.options import check_choice, check_count, refuse
 from dist_lowrank.optim.recipe import Recipe, Rounds, Update
 from dist_lowrank.optim.residuals import Residual
 from dist_lowrank.optim.rounding import RowNoise
+from dist_lowrank.optim.shared_columns import columns_of
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.optim.subspace import Place, Subspace
 from dist_lowrank.optim.transitions import TRANSITIONS
@@ -94,7 +94,7 @@ class LowRank(Recipe):
         return self.subspace.scratch_elements(form)
 
     def rule(self, rows: Tensor, state: Mapping[str, Tensor], step: int, place: Place, noise: RowNoise) -> Rule[Update]:
-        refresh, subspace, residual = self.refreshes(step), self.subspace, self.residual
+        refresh, subspace, residual = self.refreshes(step) or place.new_dictionary, self.subspace, self.residual
         basis, choice = subspace.stored(state, place), None
         moments = self.moments.read(state, place.form.rank, place.dtype)
         if refresh or residual.needs_coordinates:
@@ -132,6 +132,5 @@ class LowRank(Recipe):
 
 def column_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """What every recipe on dictionary columns takes from the options of its parameter group."""
-    keys = ("dictionary", "ranking", "transform", "materialize", "seed")
     shared = {key: group[key] for key in ("lr", "weight_decay", "rank", "side", "seed", "weight_rounding")}
-    return {**shared, "subspace": DictionaryColumns(**{key: group[key] for key in keys})}
+    return {**shared, "subspace": columns_of(group["dictionary"], group)}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # What only groups say: which parameters are matrices, and of which matrices they consist.
-PATH_OPTIONS = {"low_rank": True, "higher_dims": "dense", "split": None, "split_dim": 0}
+PATH_OPTIONS = {"low_rank": True, "higher_dims": "dense", "split": None, "split_dim": 0, "role": None}
 # Of the engine, not of a parameter group.
 ENGINE_OPTIONS = ("process_group", "workspace_bytes", "verify_every", "agree_on_gradients")
 
@@ -64,6 +64,8 @@ def check_path_options(group: Mapping[str, Any]) -> None:
     sizes = group["split"]
     if sizes is not None and not (isinstance(sizes, (list, tuple)) and sizes):
         raise refuse("split", sizes, "None, or a list of sizes")
+    if group["role"] is not None and not (isinstance(group["role"], str) and group["role"]):
+        raise refuse("role", group["role"], "None, or a name")
     for size in sizes or ():
         check_count("split", size)
 

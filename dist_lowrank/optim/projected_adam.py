@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from dist_lowrank.dictionaries import DICTIONARIES
-from dist_lowrank.optim.columns import DictionaryColumns
 from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.grassmann import Grassmann
@@ -21,11 +20,12 @@ from dist_lowrank.optim.moments import Adam
 from dist_lowrank.optim.options import ENGINE_OPTIONS, check_choice, refuse
 from dist_lowrank.optim.projections import PowerIteration, RandomizedSvd, RandomProjection, Svd, SvdThenRandom
 from dist_lowrank.optim.residuals import Accumulate, Drop, GradientScaled, NormScaled, Residual, Sign
+from dist_lowrank.optim.shared_columns import columns_of
 from dist_lowrank.optim.storage import Floats, Levels, Storage
 from dist_lowrank.optim.subspace import Subspace
 
 PROJECTIONS = ("svd", "randomized_svd", "power", "grassmann", "svd_then_stiefel", "gaussian", "stiefel", "coordinates")
-SUBSPACES = (*PROJECTIONS, *DICTIONARIES)
+SUBSPACES = (*PROJECTIONS, *DICTIONARIES, "shared")
 ERROR_FEEDBACKS: Mapping[str, Storage] = {
     "error_feedback": Floats(),
     "error_feedback_bf16": Floats(torch.bfloat16),
@@ -45,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "refresh_interval": 200,
     "refresh_stagger": False,
     "switch_step": None,
+    "dictionary_interval": 600,
     "rho": 0.908,
     "grassmann_step": 10.0,
     "ranking": "l2",
@@ -79,7 +80,8 @@ class ProjectedAdam(LowRankOptimizer):
             and `1 - rho` of gradient; `grassmann`, the subspace before, turned by `grassmann_step` towards what it
             misses; `gaussian`, `stiefel`, `coordinates`, drawn at random; `svd_then_stiefel`, drawn from `switch_step`
             on; or the columns of most energy of a dictionary, `dct2`, `dct3`, `hadamard`, `random`,
-            `identity` (with `ranking`, `transform`, `materialize` as `DCTAdamW`'s).
+            `identity` (with `ranking`, `transform`, `materialize` as `DCTAdamW`'s), `shared` (which changes every
+            `dictionary_interval` steps, a multiple of refresh_interval).
         refresh_interval: T; directions are chosen at steps 1, T + 1, 2 T + 1, ...
         refresh_stagger: as `DCTAdamW`'s.
         transition: of the moments when the directions change: `keep`, `move`, `reset`, `move_variance`.
@@ -129,7 +131,7 @@ class ProjectedAdam(LowRankOptimizer):
 def _check_parts(group: Mapping[str, Any]) -> None:
     """Refuses parts that contradict each other."""
     subspace, transition, residual = group["subspace"], group["transition"], group["residual"]
-    if group["bias_correction"] == "choice" and transition != "reset" and subspace in PROJECTIONS:
+    if group["bias_correction"] == "choice" and transition != "reset" and subspace in (*PROJECTIONS, "shared"):
         # Directions of a projection turn into each other, so that none has an age.
         raise refuse("bias_correction", "choice", f"'step' with subspace={subspace!r}, or 'reset'")
     if group["bias_correction"] == "choice" and transition == "move_variance":
@@ -152,8 +154,8 @@ def _check_parts(group: Mapping[str, Any]) -> None:
 def _subspace(group: Mapping[str, Any]) -> Subspace:
     name = group["subspace"]
     check_choice("subspace", name, SUBSPACES)
-    if name in DICTIONARIES:
-        return DictionaryColumns(name, group["ranking"], group["transform"], group["materialize"], group["seed"])
+    if name in (*DICTIONARIES, "shared"):
+        return columns_of(name, group)
     if name == "svd_then_stiefel":
         return SvdThenRandom(group["switch_step"])
     if name == "power":

@@ -305,6 +305,10 @@ def _bits(place: Place, purpose: str, number: int) -> RandomBits:
 
 
 def _chosen(vectors: Tensor, place: Place, captured: Tensor | None) -> Choice:
+    return Choice(Projection(with_fixed_signs(vectors).to(place.dtype)), captured)
+
+
+def with_fixed_signs(vectors: Tensor) -> Tensor:
+    """Columns (n, r) whose entry of largest magnitude is positive, the first of equals."""
     largest = vectors.abs().argmax(dim=0, keepdim=True)
-    signs = torch.where(vectors.gather(0, largest) < 0, -1.0, 1.0)
-    return Choice(Projection((vectors * signs).to(place.dtype)), captured)
+    return vectors * torch.where(vectors.gather(0, largest) < 0, -1.0, 1.0)

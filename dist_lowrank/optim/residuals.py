@@ -35,6 +35,12 @@ class Residual(Protocol):
     def store(self, coordinates: Tensor, basis: Basis, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
         """Stores what is left of the sum (l, n) after its `coefficients` (l, r) on the basis were used."""
 
+    def stored(self, state: Mapping[str, Tensor], n: int, dtype: torch.dtype) -> Tensor | None:
+        """What is stored, in coordinates (l, n), not to be modified; None: nothing is, ever."""
+
+    def turn(self, rotation: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Takes what is stored to other coordinates, `E <- E rotation`, from (l, n) to (l, n)."""
+
     def statistics(self, form: TallForm) -> list[int]:
         """By round: the number of elements of what `weights` yields."""
 
@@ -72,6 +78,12 @@ class Drop:
         return coordinates
 
     def store(self, coordinates: Tensor, basis: Basis, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
+        pass
+
+    def stored(self, state: Mapping[str, Tensor], n: int, dtype: torch.dtype) -> Tensor | None:
+        return None
+
+    def turn(self, rotation: Tensor, state: Mapping[str, Tensor]) -> None:
         pass
 
     def statistics(self, form: TallForm) -> list[int]:
@@ -121,6 +133,13 @@ class Accumulate(Drop):
     def store(self, coordinates: Tensor, basis: Basis, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
         basis.replace(coordinates, coefficients, self.keep)
         self.storage.write(self.name, coordinates, state)
+
+    def stored(self, state: Mapping[str, Tensor], n: int, dtype: torch.dtype) -> Tensor | None:
+        return self.storage.read(self.name, state, n, dtype)
+
+    def turn(self, rotation: Tensor, state: Mapping[str, Tensor]) -> None:
+        before = self.storage.read(self.name, state, len(rotation), rotation.dtype)
+        self.storage.write(self.name, before @ rotation, state)
 
 
 @dataclass(frozen=True, slots=True)

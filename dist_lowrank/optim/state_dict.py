@@ -25,6 +25,7 @@ STRUCTURAL_OPTIONS = (
     "higher_dims",
     "split",
     "split_dim",
+    "role",
 )
 
 

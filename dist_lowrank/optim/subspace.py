@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_lowrank.dictionaries import DictionaryCache
+from dist_lowrank.optim.roles import Role
 from dist_lowrank.optim.rounding import RandomBits
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.sharding.layouts import TallForm
@@ -79,6 +80,12 @@ class Place:
     cache: DictionaryCache
     random: RandomBits  # of the matrix; the subspace names step and purpose
     owned: slice  # of this rank's rows, those that count in sums
+    role: Role | None = None  # with a dictionary of its own
+
+    @property
+    def new_dictionary(self) -> bool:
+        """Whether the dictionary to choose from is not the one that the stored choice belongs to."""
+        return self.role is not None and self.role.previous is not None
 
 
 class Subspace(Protocol):

@@ -21,11 +21,22 @@ from torch import Tensor
 from dist_lowrank.optim.binding import BoundMatrix, BoundParameter
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.recipe import Sum, Whole
+from dist_lowrank.optim.shared_dictionary import kept_bytes, learning_waves
 from dist_lowrank.optim.wave import Job, cut_waves
 from dist_lowrank.sharding.layouts import local
 from dist_lowrank.sharding.rounds import owners, work
 
-PURPOSES = ("agreement", "rows", "sums", "whole matrices", "coefficients", "updates", "verification")
+PURPOSES = (
+    "agreement",
+    "rows",
+    "traces",
+    "dictionaries",
+    "sums",
+    "whole matrices",
+    "coefficients",
+    "updates",
+    "verification",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +54,12 @@ class Collective:
 
 
 def collectives_of_step(
-    optimizer: LowRankOptimizer, *, refresh: bool = True, step: int | None = None, verification: bool = False
+    optimizer: LowRankOptimizer,
+    *,
+    refresh: bool = True,
+    step: int | None = None,
+    verification: bool = False,
+    dictionaries: bool = False,
 ) -> list[Collective]:
     """The collectives of one step in which every parameter has a gradient, in order.
 
@@ -55,17 +71,16 @@ def collectives_of_step(
         step: its number, which says of each matrix whether it chooses (with `refresh_stagger`, some do), in place of
             `refresh`.
         verification: the columns of all matrices are compared at this step (see `verify_every`).
+        dictionaries: those that matrices share change at this step, at which every matrix chooses.
     """
-    bound = [parameter for members in optimizer.bind() for parameter in members]
-    jobs = [
-        (matrix, recipe.at(matrix.position))
-        for group, members in zip(optimizer.param_groups, optimizer.bind(), strict=True)
-        for recipe in [optimizer.recipe(group)]
-        for parameter in members
-        for matrix in parameter.matrices
-    ]
+    bound, jobs = [parameter for members in optimizer.bind() for parameter in members], _jobs(optimizer)
     collectives = list(_of_agreement(bound)) if optimizer.agree_on_gradients else []
-    for wave in cut_waves(jobs, optimizer.workspace_bytes):
+    workspace_bytes = optimizer.workspace_bytes
+    if dictionaries:
+        collectives += collectives_of_dictionaries(optimizer)
+        refresh, step = True, None
+        workspace_bytes -= kept_bytes(matrix for matrix, _ in jobs)
+    for wave in cut_waves(jobs, workspace_bytes):
         collectives += _of_wave(wave, refresh, step)
     if verification:
         collectives += _of_verification([matrix for matrix, _ in jobs])
@@ -78,6 +93,36 @@ def _of_agreement(parameters: Sequence[BoundParameter]) -> Iterator[Collective]:
         groups = [group for bound in parameters for group, replicas in bound.sharers if replicas == replicated]
         for group in dict.fromkeys(groups):
             yield Collective("agreement", "all_reduce", torch.uint8, size * groups.count(group))
+
+
+def collectives_of_dictionaries(optimizer: LowRankOptimizer) -> list[Collective]:
+    """Those that a step in which shared dictionaries change has beside what it has anyway."""
+    jobs = [(matrix, recipe) for matrix, recipe in _jobs(optimizer) if matrix.role is not None]
+    workspace_bytes = optimizer.workspace_bytes - kept_bytes(matrix for matrix, _ in jobs)
+    collectives: list[Collective] = []
+    for roles, waves in learning_waves(jobs, workspace_bytes):
+        for wave in waves:
+            matrices = [matrix for matrix, _ in wave if matrix.present]
+            fetched = [(matrix, _fetched(matrix), matrix.dtype) for matrix in matrices if matrix.layout.exchanges]
+            collectives += _fused("rows", "all_to_all", fetched)
+            summed = [(matrix, 1, matrix.dtype) for matrix in matrices if matrix.layout.group is not None]
+            collectives += _fused("traces", "all_reduce", summed)
+        by_channel: dict[tuple[Any, ...], int] = {}
+        for role in roles:
+            by_channel[role.channel] = by_channel.get(role.channel, 0) + role.n**2
+        for (groups, dtype, _), elements in by_channel.items():
+            collectives += [Collective("dictionaries", "all_reduce", dtype, elements)] * len(groups)
+    return collectives
+
+
+def _jobs(optimizer: LowRankOptimizer) -> list[Job]:
+    return [
+        (matrix, recipe.at(matrix.position))
+        for group, members in zip(optimizer.param_groups, optimizer.bind(), strict=True)
+        for recipe in [optimizer.recipe(group)]
+        for parameter in members
+        for matrix in parameter.matrices
+    ]
 
 
 def _of_wave(wave: Sequence[Job], refresh: bool, step: int | None) -> Iterator[Collective]:

@@ -30,8 +30,9 @@ class Trion(LowRankOptimizer):
     Args:
         params: tensors, named tensors or groups; every option can differ per group.
         lr, momentum, weight_decay: of matrices. `weight_decay` also holds for the dense path.
-        rank, dictionary, transform, materialize, ranking, side, state_dtype, weight_rounding, seed, process_group,
-            workspace_bytes, verify_every, agree_on_gradients: as `DCTAdamW`'s. Columns are chosen at every step.
+        rank, dictionary, dictionary_interval, transform, materialize, ranking, side, state_dtype, weight_rounding,
+            seed, process_group, workspace_bytes, verify_every, agree_on_gradients: as `DCTAdamW`'s. Columns are
+            chosen at every step.
         newton_schulz_steps: quintic steps with coefficients (3.4445, -4.7750, 2.0315).
         scale: of the step: `spectral`, max(1, sqrt(R / C)); `match_rms_adamw`, 0.2 sqrt(max(R, C)); `none`, 1.
         dense_lr, dense_betas, dense_eps: of AdamW on the dense path. Schedulers change `lr`; `dense_lr` follows in
@@ -50,6 +51,7 @@ class Trion(LowRankOptimizer):
         *,
         rank: int | float = 0.25,
         dictionary: str = "dct2",
+        dictionary_interval: int = 500,
         transform: str = "gemm",
         materialize: bool = True,
         ranking: str = "l2",
@@ -73,6 +75,7 @@ class Trion(LowRankOptimizer):
             "weight_decay": weight_decay,
             "rank": rank,
             "dictionary": dictionary,
+            "dictionary_interval": dictionary_interval,
             "transform": transform,
             "materialize": materialize,
             "ranking": ranking,

@@ -73,6 +73,12 @@ def _sum_fused(requests: Sequence[tuple[dist.ProcessGroup | None, Tensor]]) -> l
     return totals
 
 
+def sum_in_place(buffer: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
+    """Sums a tensor over groups, one after the other."""
+    for group in groups:
+        dist.all_reduce(buffer, group=group)
+
+
 def work(rows: int, columns: int) -> float:
     """What a matrix product costs that makes a matrix from itself and its Gram matrix, in relation to others."""
     return rows * columns * min(rows, columns)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dist_lowrank.config import ConfigError
 from dist_lowrank.config.schema import AdamWConfig, RunConfig
-from dist_lowrank.optim.dense import state_dtype
+from dist_lowrank.optim.dense import arithmetic_dtype, state_dtype
 from dist_lowrank.optim.recipe import Recipe
+from dist_lowrank.optim.shared_dictionary import role_key, shares_dictionary
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.sharding.exchanged import flat_layout
 from dist_lowrank.sharding.layouts import LayoutError, TallForm, tall_form
@@ -49,6 +50,7 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
     groups = route(model, config)
     forms = low_rank_forms(groups, config)
     specs: dict[str, Mapping[str, StateTensor]] = {}
+    dictionaries: dict[str, int] = {}  # bytes of those that matrices share, by the name of the first
     if not isinstance(config.optimizer, AdamWConfig):
         recipes = _recipes(config, groups)
         for name, form in forms.items():
@@ -57,6 +59,8 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
             except ValueError as error:
                 raise ConfigError(f"optimizer.{error} (parameter {name!r} of shape {form.shape})") from error
             specs[name] = recipes[name].state(form, _state_dtype(config, model.get_parameter(name)))
+        sharing = {name: form for name, form in forms.items() if shares_dictionary(recipes[name])}
+        dictionaries = _dictionary_bytes(model, sharing)
     if config.strategy.zero_stage:
         placed = _under_zero(config, world_size, model, route(model, config), forms, specs)
     else:
@@ -68,10 +72,19 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
         shape = tuple(parameter.shape)
         if name in forms:
             form = forms[name]
-            rows.append(ParameterRow(name, shape, "low-rank", _side(form), form.n, form.rank, *placed[name]))
+            placement, state_bytes = placed[name]
+            state_bytes += dictionaries.get(name, 0)
+            rows.append(ParameterRow(name, shape, "low-rank", _side(form), form.n, form.rank, placement, state_bytes))
         else:
             rows.append(ParameterRow(name, shape, "dense", "", None, None, *placed[name]))
     return rows
+
+
+def _dictionary_bytes(model: nn.Module, forms: Mapping[str, TallForm]) -> dict[str, int]:
+    """Of shared dictionaries, whole on every rank, with their step counters."""
+    first = {role_key(name, None, form.n, form.side): name for name, form in reversed(list(forms.items()))}
+    dtypes = {name: arithmetic_dtype(model.get_parameter(name)) for name in first.values()}
+    return {name: forms[name].n ** 2 * dtype.itemsize + 4 for name, dtype in dtypes.items()}
 
 
 def _under_torch(

@@ -13,7 +13,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from dist_lowrank.config.schema import AdamWConfig, DCTAdamWConfig, ProjectedConfig, RunConfig
 from dist_lowrank.optim.engine import LowRankOptimizer
-from dist_lowrank.optim.traffic import PURPOSES, Collective, collectives_of_step
+from dist_lowrank.optim.traffic import PURPOSES, Collective, collectives_of_dictionaries, collectives_of_step
 from dist_lowrank.sharding.pieces import FlatPart
 from dist_lowrank.strategies import apply_strategy
 from dist_lowrank.training.model import blocks, build_model, low_rank_forms, route
@@ -44,6 +44,7 @@ def forecast_traffic(config: RunConfig, world_size: int) -> list[TrafficRow]:
         optimizer = _optimizer_on_layouts(config)
         at_refresh = collectives_of_step(optimizer, refresh=True)
         otherwise = collectives_of_step(optimizer, refresh=False)
+        changing = collectives_of_dictionaries(optimizer)
         verifying = []
         if optimizer.verify_every:
             verifying = collectives_of_step(optimizer, refresh=True, verification=True)[len(at_refresh) :]
@@ -55,6 +56,8 @@ def forecast_traffic(config: RunConfig, world_size: int) -> list[TrafficRow]:
         rows = _by_purpose("every step", at_refresh)
     else:
         rows = _by_purpose("refresh", at_refresh) + _by_purpose("between refreshes", otherwise)
+    if changing:
+        rows += _by_purpose(f"every {optimizer.param_groups[0]['dictionary_interval']} steps", changing)
     return rows + (_by_purpose(f"every {optimizer.verify_every} steps", verifying) if verifying else [])
 
 
