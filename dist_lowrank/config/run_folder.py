@@ -9,6 +9,7 @@
             metrics/rank_00000.jsonl             the same numbers as JSON lines
             export/                              the model in Hugging Face format
             errors/rank_00000.txt                only after a failure
+            stopped.json                         why, where and with which exit code, if it was asked to stop
         FINISHED                                 a JSON summary; without it the next start adds attempt-2
 
 The configuration lies in the attempt because attempts of one run may differ in strategy, launcher and telemetry.
@@ -75,6 +76,16 @@ class RunFolder:
         """The configuration of this attempt."""
         return from_dict(json.loads((self.attempt_path / "run.json").read_text())["config"])
 
+    @property
+    def stopped(self) -> dict[str, Any] | None:
+        """How this attempt was stopped before the end: `exit_code`, `reason`, `step`; None: it was not."""
+        path = self.attempt_path / "stopped.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def mark_stopped(self, how: dict[str, Any]) -> None:
+        """Notes that this attempt ended in good order before the last step. Call it on one rank."""
+        write_atomically(self.attempt_path / "stopped.json", _json(how))
+
     def mark_finished(self, summary: dict[str, Any]) -> None:
         """Marks the run as complete, so that the same command starts a fresh folder. Call it on one rank."""
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in summary.items()}
@@ -101,7 +112,7 @@ def create(config: RunConfig, overrides: Sequence[str]) -> RunFolder:
         folder.metrics(0).parent.mkdir()
         write_atomically(folder.attempt_path / "overrides.txt", "".join(f"{line}\n" for line in overrides))
         write_atomically(folder.attempt_path / "provenance.json", _json(_provenance()))
-        record = {"config": to_dict(config), "digest": digest(config), "versions": _versions()}
+        record = {"config": to_dict(config), "digest": digest(config), "versions": versions()}
         write_atomically(folder.attempt_path / "run.json", _json(record))
     except OSError as error:
         reason = error.strerror or str(error)
@@ -153,14 +164,16 @@ def _json(data: Any) -> str:
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """The versions of Python and of the packages that a run computes with, by name; None: not installed."""
+
     def version(package: str) -> str | None:
         try:
             return metadata.version(package)
         except metadata.PackageNotFoundError:
             return None
 
-    packages = ("dist-lowrank", "torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core")
+    packages = ("dist-lowrank", "torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core", "deepspeed")
     return {"python": platform.python_version()} | {package: version(package) for package in packages}
 
 

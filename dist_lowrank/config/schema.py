@@ -269,8 +269,21 @@ class TrainConfig:
     eval_interval: PositiveInt = 100  # steps
     eval_sequences: PositiveInt = 256  # held-out sequences per evaluation, at most
     deterministic: bool = False  # torch.use_deterministic_algorithms
+    max_skipped_steps: PositiveInt = 10  # in a row, because loss or gradient is not finite; so many end the run
+    time_limit_minutes: PositiveFloat | None = None  # since the launcher started; saves and stops before it
+    time_limit_lead_minutes: NonNegativeFloat = 2.0  # how long before: for the last step and the save
     export: bool = True  # write the model and tokenizer in Hugging Face format at the end
     sample_tokens: NonNegativeInt = 64  # of generated text printed at the end
+
+    @model_validator(mode="after")
+    def _lead_is_shorter(self) -> TrainConfig:
+        limit = self.time_limit_minutes
+        if limit is not None and limit <= self.time_limit_lead_minutes:
+            raise ValueError(
+                f"time_limit_minutes: {limit:g} is not allowed; allowed: more than train.time_limit_lead_minutes "
+                f"({self.time_limit_lead_minutes:g})"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -285,7 +298,9 @@ class LauncherConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when a GPU is visible
     nproc_per_node: PositiveInt | None = None  # null: all visible GPUs, or 2 on a CPU
     threads: PositiveInt | None = None  # per process; null: cores / processes
-    timeout_seconds: PositiveInt = 600  # of a collective
+    timeout_seconds: PositiveInt = 600  # without progress, until a rank counts as hanging
+    stop_seconds: PositiveInt = 120  # for ranks to save after a signal, before they are killed
+    max_restarts: NonNegativeInt = 0  # after a rank failed, died or hung; resumes from the newest checkpoint
 
 
 @dataclass(frozen=True, config=_CONFIG)
