@@ -121,7 +121,7 @@ def _work(
             config,
             folder,
             device,
-            lambda progress: Watchdog(store, progress, timeout_seconds, lambda text: end_by(Hang(text))),
+            lambda position: Watchdog(store, position, timeout_seconds, lambda text: end_by(Hang(text))),
         )
     except Exception as error:
         end_by(error)

@@ -9,43 +9,39 @@ from collections import deque
 from dist_lowrank.exit_codes import NotFinite
 
 
-class SkippedSteps:
-    """Counts updates that were skipped because loss or gradient was not finite.
+class SkippedInARow:
+    """Counts updates skipped one after the other because loss or gradient was not finite.
 
     Args:
-        limit: how many in a row end the run.
+        limit: how many end the run.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.total = 0
-        self.in_a_row = 0
+        self.count = 0
 
-    def count(self, skipped: bool) -> None:
-        """Notes one step."""
-        self.total += skipped
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-
-    def check_row(self, step: int) -> None:
-        """Ends a run that gets nowhere.
+    def note(self, step: int, skipped: bool) -> None:
+        """Notes a step.
 
         Raises:
             NotFinite: the limit is reached.
         """
-        if self.in_a_row >= self.limit:
+        self.count = self.count + 1 if skipped else 0
+        if self.count >= self.limit:
             raise NotFinite(
-                f"step {step}: loss or gradient was not finite {self.in_a_row} times in a row "
+                f"step {step}: loss or gradient was not finite {self.count} times in a row "
                 f"(train.max_skipped_steps: {self.limit})"
             )
 
-    def check_end(self, steps: int) -> None:
-        """Refuses to call a run complete that is not.
 
-        Raises:
-            NotFinite: more than half of the updates were skipped.
-        """
-        if 2 * self.total > steps:
-            raise NotFinite(f"{self.total} of {steps} updates were skipped: loss or gradient was not finite")
+def check_not_mostly_skipped(skipped_steps: int, steps: int) -> None:
+    """Refuses to call a run complete that is not.
+
+    Raises:
+        NotFinite: more than half of the updates were skipped.
+    """
+    if 2 * skipped_steps > steps:
+        raise NotFinite(f"{skipped_steps} of {steps} updates were skipped: loss or gradient was not finite")
 
 
 class LossSpikes:

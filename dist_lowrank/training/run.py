@@ -21,9 +21,9 @@ from dist_lowrank.training.data import load_data
 from dist_lowrank.training.evaluate import evaluate, next_token_loss
 from dist_lowrank.training.export import export_model, sample_text
 from dist_lowrank.training.model import blocks, build_model, data_with_tokenizer, family, route
-from dist_lowrank.training.numerics import LossSpikes, SkippedSteps
+from dist_lowrank.training.numerics import LossSpikes, SkippedInARow, check_not_mostly_skipped
 from dist_lowrank.training.optimizers import make_schedule
-from dist_lowrank.training.progress import Progress
+from dist_lowrank.training.position import Position
 from dist_lowrank.training.stop import StopReason, seconds_since_launch, stop_requests
 from dist_lowrank.training.strategy import make_strategy
 
@@ -32,7 +32,7 @@ def train(
     config: RunConfig,
     folder: RunFolder,
     device: torch.device,
-    watch: Callable[[Progress], AbstractContextManager[object]] | None = None,
+    watch: Callable[[Position], AbstractContextManager[object]] | None = None,
 ) -> ExitCode:
     """Trains to the end, or until someone or the clock asks it to stop. Collective over the default process group.
 
@@ -54,7 +54,7 @@ def train(
     requests = stop_requests(_seconds_until_limit(config))
     with requests as stop, console, MetricsWriter(folder.metrics(rank), tensorboard) as metrics:
         trainer = Trainer(config, folder, device, console, metrics)
-        return trainer.run(stop, watch(trainer.progress) if watch else nullcontext())
+        return trainer.run(stop, watch(trainer.position) if watch else nullcontext())
 
 
 def _seconds_until_limit(config: RunConfig) -> float | None:
@@ -95,8 +95,9 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, config.schedule, config.train.steps)
         self.timer = StepTimer(device)
         self._time_optimizer()
-        self.progress = Progress()
-        self.skipped = SkippedSteps(config.train.max_skipped_steps)
+        self.position = Position()
+        self.skipped_steps = 0
+        self.skipped_in_a_row = SkippedInARow(config.train.max_skipped_steps)
         self.spikes = LossSpikes()
         self.first_validation_loss = self.validation_loss = math.nan
 
@@ -128,13 +129,12 @@ class Trainer:
         with watch or nullcontext():
             for step in range(1, steps + 1):
                 stopped = self._step(step, stop)
-                self.skipped.check_row(step)
                 if stopped and step < steps:
                     return self._stop(step, stopped)
                 if step % self.config.train.eval_interval == 0 or step == steps:
                     self._evaluate(step)
         self.console.close()
-        self.skipped.check_end(steps)
+        check_not_mostly_skipped(self.skipped_steps, steps)
         self._finish(steps)
         return ExitCode.FINISHED
 
@@ -152,7 +152,7 @@ class Trainer:
         config = self.config
         loss = self._forward_backward(step)
         norm = self.strategy.prepare()
-        self.progress.enter("step")
+        self.position.enter("step")
         # One sum tells all ranks the same: the mean loss, whether anything is not finite, whether to stop.
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         asked = torch.tensor([StopReason.INTERRUPT in stop, bool(stop)], dtype=torch.float64, device=self.device)
@@ -163,10 +163,11 @@ class Trainer:
         due = step % config.telemetry.log_interval == 0 or step == config.train.steps
         memory = self.strategy.memory() if due else {}
         updated = self.strategy.step(skip=bool(bad_ranks))
-        self.skipped.count(not updated)
         if not updated:
+            self.skipped_steps += 1
             self.console.line(f"step {step}: loss or gradient is not finite; update skipped")
         self._flag_spike(step, mean_loss / self.world_size)
+        self.skipped_in_a_row.note(step, not updated)
         self.schedule.step()  # also after a skipped update: the schedule follows the data
         self.timer.end_step(config.train.global_batch_size * config.data.sequence_length)
         if due:
@@ -188,10 +189,10 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
             batch = batch.to(self.device, non_blocking=True)
-            self.progress.enter("forward", step)
+            self.position.enter("forward", step)
             with self.strategy.forward():
                 loss = next_token_loss(self.strategy.model, batch) * (len(batch) / samples)
-            self.progress.enter("backward")
+            self.position.enter("backward")
             self.strategy.backward(loss, last=index == len(batches) - 1)
             total = total + loss.detach()
         return total
@@ -234,7 +235,7 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         config = self.config
-        self.progress.enter("evaluate", step)
+        self.position.enter("evaluate", step)
         with self.timer.paused():
             self.validation_loss = evaluate(
                 self.strategy.model,
@@ -249,7 +250,7 @@ class Trainer:
         self.console.validation(step, self.validation_loss, perplexity)
 
     def _evaluation_forward(self) -> Any:
-        self.progress.enter("evaluate")  # each forward pass is progress
+        self.position.enter("evaluate")  # each forward pass is progress
         return self.strategy.forward()
 
     def _finish(self, step: int) -> None:
@@ -264,7 +265,7 @@ class Trainer:
             self.folder.mark_finished(
                 {
                     "steps": step,
-                    "skipped_steps": self.skipped.total,
+                    "skipped_steps": self.skipped_steps,
                     "tokens": step * config.train.global_batch_size * config.data.sequence_length,
                     "first_validation_loss": self.first_validation_loss,
                     "validation_loss": self.validation_loss,

@@ -1,6 +1,6 @@
 """Finds a rank that hangs, names it on all ranks and ends them; collectives alone wait, and then blame nobody.
 
-A thread of each rank writes a sign of life to the store: where the rank is (`Progress`) and how many collectives it
+A thread of each rank writes a sign of life to the store: where the rank is (`Position`) and how many collectives it
 has begun. Rank 0 reads all of them, the others read rank 0's. A rank that stopped, or holds the interpreter lock, gives
 no sign at all. One that runs but gets nowhere is the one that is behind: the others have begun a collective that it has
 not.
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from dist_lowrank.training.progress import Progress
+from dist_lowrank.training.position import Position
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -39,7 +39,7 @@ class _Sign:
     progress_seconds: float
 
     @property
-    def position(self) -> tuple[int, int]:
+    def reached(self) -> tuple[int, int]:
         return self.content["collectives"], self.content["entered"]
 
 
@@ -53,12 +53,12 @@ class Watchdog:
     """
 
     def __init__(
-        self, store: Store, progress: Progress, timeout_seconds: float, on_hang: Callable[[str], object]
+        self, store: Store, position: Position, timeout_seconds: float, on_hang: Callable[[str], object]
     ) -> None:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._store = store.clone()  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=timeout_seconds))
-        self._progress, self._timeout_seconds, self._on_hang = progress, timeout_seconds, on_hang
+        self._position, self._timeout_seconds, self._on_hang = position, timeout_seconds, on_hang
         self._interval_seconds = min(5.0, timeout_seconds / 8)
         self._beats = 0
         self._signs: dict[int, _Sign] = {}
@@ -99,14 +99,14 @@ class Watchdog:
 
     def _end(self, text: str) -> None:
         stack = "".join(traceback.format_stack(sys._current_frames()[threading.main_thread().ident or 0])[-8:])
-        self._on_hang(f"{text}\nthis rank was in {self._progress}:\n{stack}")
+        self._on_hang(f"{text}\nthis rank was in {self._position}:\n{stack}")
 
     def _beat(self) -> None:
         self._beats += 1
         sign = {
             "beat": self._beats,
-            "where": str(self._progress),
-            "entered": self._progress.entered,
+            "where": str(self._position),
+            "entered": self._position.entered,
             "collectives": _collectives_begun(),
             "host": platform.node(),
             "process": os.getpid(),
@@ -120,7 +120,7 @@ class Watchdog:
             content = json.loads(self._store.get(f"alive/{rank}"))
             before = self._signs.get(rank)
             sign = _Sign(content, now_seconds, now_seconds)
-            if before is not None and before.position == sign.position:
+            if before is not None and before.reached == sign.reached:
                 sign.progress_seconds = before.progress_seconds
                 if before.content["beat"] == content["beat"]:
                     sign.alive_seconds = before.alive_seconds
@@ -142,8 +142,8 @@ class Watchdog:
             for sign in silent.values():
                 _kill_sibling(sign.content)
             return _listed(silent, f"gave no sign of life for {self._timeout_seconds:.0f} seconds; last seen")
-        last = min(sign.position for sign in signs.values())
-        behind = {rank: sign for rank, sign in signs.items() if sign.position == last}
+        last = min(sign.reached for sign in signs.values())
+        behind = {rank: sign for rank, sign in signs.items() if sign.reached == last}
         if len(behind) == len(signs) and len(signs) > 1:
             return _listed(signs, f"all wait in the same place for {self._timeout_seconds:.0f} seconds (the network?):")
         return _listed(behind, f"got no further for {self._timeout_seconds:.0f} seconds while the others wait for it:")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Progress:
+class Position:
     """The step and the phase that this rank is in, and how many phases it has been through."""
 
     def __init__(self) -> None:
