@@ -9,6 +9,7 @@
             metrics/rank_00000.jsonl             the same numbers as JSON lines
             export/                              the model in Hugging Face format
             errors/rank_00000.txt                only after a failure
+        checkpoints/save-0001-step-00000100/     see `dist_lowrank.checkpoint`; attempts continue from the newest
         FINISHED                                 a JSON summary; without it the next start adds attempt-2
 
 The configuration lies in the attempt because attempts of one run may differ in strategy, launcher and telemetry.
@@ -54,6 +55,10 @@ class RunFolder:
         return self.attempt_path / "export"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
     def announcement(self) -> str:
         """The first line that a run prints."""
         return f"run folder {self.attempt_path}   watch it: tensorboard --logdir {shlex.quote(str(self.path))}"
@@ -84,6 +89,8 @@ class RunFolder:
 def create(config: RunConfig, overrides: Sequence[str]) -> RunFolder:
     """Makes the folder of a new attempt: of the unfinished run with the same digest, else of a fresh run.
 
+    With `resume=none` it is a fresh run always.
+
     Commands that start at the same moment get different attempts, because making the attempt's folder is exclusive.
 
     Raises:
@@ -94,14 +101,14 @@ def create(config: RunConfig, overrides: Sequence[str]) -> RunFolder:
     try:
         for repetition in count(1):
             path = base if repetition == 1 else base.with_name(f"{base.name}-{repetition}")
-            if not (path / "FINISHED").exists():
+            if not (path / "FINISHED").exists() and not (config.resume.source == "none" and path.exists()):
                 break
         folder = _new_attempt(path)
         folder.tensorboard(0).parent.mkdir()
         folder.metrics(0).parent.mkdir()
         write_atomically(folder.attempt_path / "overrides.txt", "".join(f"{line}\n" for line in overrides))
         write_atomically(folder.attempt_path / "provenance.json", _json(_provenance()))
-        record = {"config": to_dict(config), "digest": digest(config), "versions": _versions()}
+        record = {"config": to_dict(config), "digest": digest(config), "versions": versions()}
         write_atomically(folder.attempt_path / "run.json", _json(record))
     except OSError as error:
         reason = error.strerror or str(error)
@@ -153,7 +160,9 @@ def _json(data: Any) -> str:
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that a run's numbers depend on."""
+
     def version(package: str) -> str | None:
         try:
             return metadata.version(package)

@@ -17,6 +17,7 @@ from dist_lowrank.telemetry import tags
 from dist_lowrank.telemetry.console import Console, quantity
 from dist_lowrank.telemetry.metrics import MetricsWriter
 from dist_lowrank.telemetry.throughput import StepTimer, model_flops_per_token, peak_flops_per_second
+from dist_lowrank.training.checkpoints import Checkpoints, Progress
 from dist_lowrank.training.data import load_data
 from dist_lowrank.training.evaluate import evaluate, next_token_loss
 from dist_lowrank.training.export import export_model, sample_text
@@ -87,8 +88,11 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, config.schedule, config.train.steps)
         self.timer = StepTimer(device)
         self._time_optimizer()
-        self.skipped_steps = 0
-        self.first_validation_loss = self.validation_loss = math.nan
+        self.progress = Progress()
+        state = self.strategy.state()
+        self.checkpoints = Checkpoints(
+            config, folder, state, self.schedule, self.data.train, device, console, self.progress
+        )
 
     def _time_optimizer(self) -> None:
         """By hooks, because DeepSpeed calls the optimizer, and more than once per step."""
@@ -111,16 +115,23 @@ class Trainer:
         steps = self.config.train.steps
         self.console.start(steps)
         self.metrics.text("run/parameters", "\n".join(f"    {name}: {shape}" for name, shape in self.shapes.items()))
-        self._evaluate(0)
-        self.first_validation_loss = self.validation_loss
+        done = self.checkpoints.resume()
+        if done == 0:
+            self._evaluate(0)
+            self.progress.first_validation_loss = self.progress.validation_loss
         self.timer = StepTimer(self.device)
-        stopped = 0
-        for step in range(1, steps + 1):
-            stopped = self._step(step, stop)
-            if step % self.config.train.eval_interval == 0 or step == steps or stopped:
+        stopped, step = 0, done
+        for step in range(done + 1, steps + 1):
+            stopped, by_clock = self._step(step, stop)
+            last = step == steps or bool(stopped)
+            if step % self.config.train.eval_interval == 0 or last:
                 self._evaluate(step)
+            if self.checkpoints.is_due(step, by_clock=by_clock, last=last):
+                with self.timer.paused():
+                    self.checkpoints.save(step)
             if stopped:
                 break
+        self.checkpoints.close()
         self.console.close()
         if stopped:
             self.console.line(f"stopped after step {step}; run folder {self.folder.attempt_path}")
@@ -128,28 +139,33 @@ class Trainer:
             self._finish(step)
         return stopped
 
-    def _step(self, step: int, stop: list[int]) -> int:
-        """One optimizer step. Returns the number of a signal that any rank has received, or 0."""
+    def _step(self, step: int, stop: list[int]) -> tuple[int, bool]:
+        """One optimizer step.
+
+        Returns:
+            The number of a signal that any rank has received, or 0, and whether the clock of any says to save.
+        """
         config = self.config
         loss = self._forward_backward()
         norm = self.strategy.prepare()
-        # One sum tells all ranks the same: the mean loss, whether anything is not finite, whether to stop.
+        # One sum tells all ranks the same: the mean loss, whether anything is not finite, whether to stop or to save.
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         signalled = torch.tensor(float(bool(stop)), device=self.device)
-        vote = torch.stack([loss.double(), bad.double(), signalled.double()])
+        to_save = torch.tensor(float(self.checkpoints.due_by_clock), device=self.device)
+        vote = torch.stack([loss.double(), bad.double(), signalled.double(), to_save.double()])
         dist.all_reduce(vote)
-        mean_loss, bad_ranks, stopping = vote.tolist()
+        mean_loss, bad_ranks, stopping, saving = vote.tolist()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         due = step % config.telemetry.log_interval == 0 or step == config.train.steps
         memory = self.strategy.memory() if due else {}
         if not self.strategy.step(skip=bool(bad_ranks)):
-            self.skipped_steps += 1
+            self.progress.skipped_steps += 1
             self.console.line(f"step {step}: loss or gradient is not finite; update skipped")
         self.schedule.step()  # also after a skipped update: the schedule follows the data
         self.timer.end_step(config.train.global_batch_size * config.data.sequence_length)
         if due:
             self._log(step, mean_loss / self.world_size, learning_rate, memory)
-        return (stop[0] if stop else int(signal.SIGTERM)) if stopping else 0
+        return ((stop[0] if stop else int(signal.SIGTERM)) if stopping else 0), bool(saving)
 
     def _forward_backward(self) -> torch.Tensor:
         """Accumulates the gradient of this rank's part of the batch; returns its mean loss, (), nats per token."""
@@ -203,7 +219,7 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         config = self.config
         with self.timer.paused():
-            self.validation_loss = evaluate(
+            self.progress.validation_loss = loss = evaluate(
                 self.strategy.model,
                 self.data.validation,
                 limit=config.train.eval_sequences,
@@ -211,9 +227,9 @@ class Trainer:
                 device=self.device,
                 context=self.strategy.forward,
             )
-        perplexity = math.exp(min(self.validation_loss, 700.0))
-        self.metrics.log(step, {tags.LOSS_VALIDATION: self.validation_loss, tags.PERPLEXITY_VALIDATION: perplexity})
-        self.console.validation(step, self.validation_loss, perplexity)
+        perplexity = math.exp(min(loss, 700.0))
+        self.metrics.log(step, {tags.LOSS_VALIDATION: loss, tags.PERPLEXITY_VALIDATION: perplexity})
+        self.console.validation(step, loss, perplexity)
 
     def _finish(self, step: int) -> None:
         config, line = self.config, self.console.line
@@ -227,14 +243,14 @@ class Trainer:
             self.folder.mark_finished(
                 {
                     "steps": step,
-                    "skipped_steps": self.skipped_steps,
+                    "skipped_steps": self.progress.skipped_steps,
                     "tokens": step * config.train.global_batch_size * config.data.sequence_length,
-                    "first_validation_loss": self.first_validation_loss,
-                    "validation_loss": self.validation_loss,
+                    "first_validation_loss": self.progress.first_validation_loss,
+                    "validation_loss": self.progress.validation_loss,
                     "unigram_loss": self.data.unigram_loss,
                 }
             )
-        line(f"validation loss {self.first_validation_loss:.4f} -> {self.validation_loss:.4f}")
+        line(f"validation loss {self.progress.first_validation_loss:.4f} -> {self.progress.validation_loss:.4f}")
         line(f"run folder {self.folder.path}")
         if config.train.export:
             line(f"model      {self.folder.export} (transformers: AutoModelForCausalLM.from_pretrained)")
