@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dist_lowrank.config import ConfigError, RunConfig, RunFolder, from_dict, open_run, to_dict
+from dist_lowrank.config import ConfigError, RunConfig, RunFolder, begin_again, from_dict, open_run, to_dict
 from dist_lowrank.exit_codes import RESTARTED, ExitCode, Hang, RunFailure
 from dist_lowrank.rank_identity import compare_ranks, identity
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-_ENDED = "dist_lowrank/ended"  # in the store of all attempts: the exit code of one that no restart would better
+# Keys in the launcher's store, which outlives restarts.
+_ENDED = "dist_lowrank/ended"  # the exit code of a group of ranks that no restart would better
+_ATTEMPT = "dist_lowrank/attempt"  # the folder of the last attempt
 
 
 def main() -> NoReturn:
@@ -40,11 +42,15 @@ def main_torchrun(overrides: Sequence[str]) -> NoReturn:
     _end_with_parent()
     _exit_quietly_on_signals()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    prepared = _prepare(overrides, world_size) if rank == 0 else None
     store = _store()
-    if store.underlying_store.check([_ENDED]):
-        shutdown(int(store.underlying_store.get(_ENDED)), together=False)
-    if prepared is not None:
+    of_all_restarts = store.underlying_store
+    if of_all_restarts.check([_ENDED]):
+        shutdown(int(of_all_restarts.get(_ENDED)), together=False)
+    if rank == 0:
+        before = of_all_restarts.get(_ATTEMPT).decode() if of_all_restarts.check([_ATTEMPT]) else None
+        prepared = _prepare(overrides, world_size, before)
+        if "attempt" in prepared:
+            of_all_restarts.set(_ATTEMPT, prepared["attempt"])
         store.set("prepared", json.dumps(prepared))
     else:
         prepared = json.loads(store.get("prepared"))
@@ -78,11 +84,17 @@ def shutdown(exit_code: int, *, together: bool) -> NoReturn:
     os._exit(exit_code)
 
 
-def _prepare(overrides: Sequence[str], world_size: int) -> dict[str, Any]:
+def _prepare(overrides: Sequence[str], world_size: int, before: str | None) -> dict[str, Any]:
+    """The configuration and folder of an attempt: the next one of the same run, after a restart of the ranks."""
     try:
-        from dist_lowrank.launchers.preparation import prepare_run
+        from dist_lowrank.launchers.preparation import check_world, prepare_run
 
-        config, folder = prepare_run(overrides, world_size)
+        if before is None:
+            config, folder = prepare_run(overrides, world_size)
+        else:
+            folder = begin_again(open_run(before))
+            config = folder.config()
+            check_world(config, world_size)
     except ConfigError as error:
         return {
             "error": "\n".join(f"error: {line}" for line in str(error).splitlines()),
@@ -108,6 +120,10 @@ def _work(
         unexpected = code is ExitCode.FAILED
         if speaks and (rank == 0 or unexpected or code is ExitCode.HANG):
             print(f"error: {f'rank {rank} failed: ' if unexpected else ''}{text}", file=sys.stderr)
+            if rank == 0 and code is not ExitCode.CONFIGURATION:
+                from dist_lowrank.checkpoint.folders import newest_line
+
+                print(newest_line(folder.checkpoints), file=sys.stderr)
         _end(code, store, together=False)
 
     try:

@@ -114,7 +114,7 @@ def _run_with_poison(rank: int, folder: RunFolder) -> dict[str, Any]:
     return {
         "unchanged": unchanged,
         "counters": (counters, skipped_counters, _steps(trainer)),
-        "skipped": trainer.skipped_steps,
+        "skipped": trainer.progress.skipped_steps,
         "moved": moved,
     }
 

@@ -10,6 +10,7 @@
             export/                              the model in Hugging Face format
             errors/rank_00000.txt                only after a failure
             stopped.json                         why, where and with which exit code, if it was asked to stop
+        checkpoints/save-0001-step-00000100/     see `dist_lowrank.checkpoint`; attempts continue from the newest
         FINISHED                                 a JSON summary; without it the next start adds attempt-2
 
 The configuration lies in the attempt because attempts of one run may differ in strategy, launcher and telemetry.
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import count
 from pathlib import Path
@@ -53,6 +54,10 @@ class RunFolder:
     @property
     def export(self) -> Path:
         return self.attempt_path / "export"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
 
     @property
     def announcement(self) -> str:
@@ -95,6 +100,8 @@ class RunFolder:
 def create(config: RunConfig, overrides: Sequence[str]) -> RunFolder:
     """Makes the folder of a new attempt: of the unfinished run with the same digest, else of a fresh run.
 
+    With `resume=none` it is a fresh run always.
+
     Commands that start at the same moment get different attempts, because making the attempt's folder is exclusive.
 
     Raises:
@@ -102,22 +109,22 @@ def create(config: RunConfig, overrides: Sequence[str]) -> RunFolder:
     """
     prefix = config.name or f"{config.model.name}-{config.optimizer.name}"
     base = Path(config.runs) / f"{prefix}-{digest(config)}"
-    try:
-        for repetition in count(1):
-            path = base if repetition == 1 else base.with_name(f"{base.name}-{repetition}")
-            if not (path / "FINISHED").exists():
-                break
-        folder = _new_attempt(path)
-        folder.tensorboard(0).parent.mkdir()
-        folder.metrics(0).parent.mkdir()
-        write_atomically(folder.attempt_path / "overrides.txt", "".join(f"{line}\n" for line in overrides))
-        write_atomically(folder.attempt_path / "provenance.json", _json(_provenance()))
-        record = {"config": to_dict(config), "digest": digest(config), "versions": versions()}
-        write_atomically(folder.attempt_path / "run.json", _json(record))
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(f"runs: {config.runs} is not allowed ({reason}); allowed: a folder to write in") from error
-    return folder
+    for repetition in count(1):
+        path = base if repetition == 1 else base.with_name(f"{base.name}-{repetition}")
+        if not (path / "FINISHED").exists() and not (config.resume.source == "none" and path.exists()):
+            break
+    return _new_attempt(path, config, overrides)
+
+
+def begin_again(folder: RunFolder) -> RunFolder:
+    """Makes the next attempt of a run that was interrupted, to continue from the newest checkpoint of the run.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    config = folder.config()
+    config = replace(config, resume=replace(config.resume, source="auto"))  # it has begun, wherever it began
+    return _new_attempt(folder.path, config, (folder.attempt_path / "overrides.txt").read_text().splitlines())
 
 
 def open_run(path: str | Path) -> RunFolder:
@@ -150,7 +157,22 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _new_attempt(path: Path) -> RunFolder:
+def _new_attempt(path: Path, config: RunConfig, overrides: Sequence[str]) -> RunFolder:
+    try:
+        folder = _claim_attempt(path)
+        folder.tensorboard(0).parent.mkdir()
+        folder.metrics(0).parent.mkdir()
+        write_atomically(folder.attempt_path / "overrides.txt", "".join(f"{line}\n" for line in overrides))
+        write_atomically(folder.attempt_path / "provenance.json", _json(_provenance()))
+        record = {"config": to_dict(config), "digest": digest(config), "versions": versions()}
+        write_atomically(folder.attempt_path / "run.json", _json(record))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"runs: {config.runs} is not allowed ({reason}); allowed: a folder to write in") from error
+    return folder
+
+
+def _claim_attempt(path: Path) -> RunFolder:
     path.mkdir(parents=True, exist_ok=True)
     for attempt in count(1):
         folder = RunFolder(path, attempt)

@@ -294,6 +294,30 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True, config=_CONFIG)
+class CheckpointConfig:
+    """When to save, and what to keep of it. Whichever interval ends first counts."""
+
+    interval_steps: PositiveInt | None = None
+    interval_minutes: PositiveFloat | None = 15.0
+    at_end: bool = True  # also after the last step, and where a signal stops a run
+    keep_last: PositiveInt = 2
+    keep_every_steps: PositiveInt | None = None  # keep saved steps that are multiples of this for good
+    asynchronous: bool = True  # training waits for a copy in memory only
+    stop_on_failure: bool = False  # a save that fails ends the run; else it is told, and the next one tries again
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class ResumeConfig:
+    """Where a run starts; `resume=VALUE` is short for `resume.source=VALUE`."""
+
+    source: str = (
+        "auto"  # auto: this run's newest checkpoint; none: a fresh run; or a checkpoint, or a run that has some
+    )
+    weights_only: bool = False  # start at step 0 with these weights; of another optimizer, say
+    fallback: bool = False  # if the newest checkpoint is damaged, take the newest good one
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class LauncherConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when a GPU is visible
     nproc_per_node: PositiveInt | None = None  # null: all visible GPUs, or 2 on a CPU
@@ -315,6 +339,8 @@ class RunConfig:
     schedule: ScheduleConfig
     train: TrainConfig
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = Field(default_factory=ResumeConfig)
     launcher: LauncherConfig = Field(default_factory=LauncherConfig)
     seed: NonNegativeInt = 0
     runs: str = "runs"  # folder of all runs

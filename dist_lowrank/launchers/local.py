@@ -14,7 +14,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from dist_lowrank.config import RunConfig, RunFolder, create
+from dist_lowrank.checkpoint.folders import newest_line
+from dist_lowrank.config import RunConfig, RunFolder, begin_again
 from dist_lowrank.exit_codes import RESTARTED, ExitCode
 from dist_lowrank.launchers.preparation import resolve_processes
 
@@ -33,8 +34,7 @@ def launch(config: RunConfig, folder: RunFolder) -> int:
         code = _launch_once(config, folder)
         if code not in RESTARTED or restarts_left == 0:
             break
-        overrides = (folder.attempt_path / "overrides.txt").read_text().splitlines()
-        folder = create(config, overrides)
+        folder = begin_again(folder)
         print(f"restarting, {restarts_left - 1} restarts left; {folder.announcement}", flush=True)
     return code
 
@@ -113,9 +113,11 @@ def _report(error: ChildFailedError, folder: RunFolder) -> ExitCode:
         return _how_stopped(folder)
     _, rank, text = min(found)
     code = error.failures[rank].exitcode
-    explained = code in set(ExitCode) - {ExitCode.FAILED}
-    if explained:
+    if code in set(ExitCode) - {ExitCode.FAILED}:
         print("".join(f"error: {line}\n" for line in text.splitlines()), end="", file=sys.stderr)
-        return ExitCode(code)
-    print(f"error: rank {rank} of {folder.attempt_path} failed: {text.rstrip()}", file=sys.stderr)
-    return ExitCode.FAILED
+    else:
+        code = ExitCode.FAILED
+        print(f"error: rank {rank} of {folder.attempt_path} failed: {text.rstrip()}", file=sys.stderr)
+    if code != ExitCode.CONFIGURATION:
+        print(newest_line(folder.checkpoints), file=sys.stderr)
+    return ExitCode(code)

@@ -6,17 +6,20 @@ import math
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from dist_lowrank.checkpoint.folders import newest_line
 from dist_lowrank.config import ConfigError, RunConfig, RunFolder
-from dist_lowrank.exit_codes import ExitCode
+from dist_lowrank.exit_codes import ExitCode, NotFinite
 from dist_lowrank.telemetry import tags
 from dist_lowrank.telemetry.console import Console, quantity
 from dist_lowrank.telemetry.metrics import MetricsWriter
 from dist_lowrank.telemetry.throughput import StepTimer, model_flops_per_token, peak_flops_per_second
+from dist_lowrank.training.checkpoints import Checkpoints, Progress
 from dist_lowrank.training.data import load_data
 from dist_lowrank.training.evaluate import evaluate, next_token_loss
 from dist_lowrank.training.export import export_model, sample_text
@@ -63,6 +66,14 @@ def _seconds_until_limit(config: RunConfig) -> float | None:
     return 60 * (config.train.time_limit_minutes - config.train.time_limit_lead_minutes) - seconds_since_launch()
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What any rank wants after a step, the same on all ranks but for the name of the reason."""
+
+    stop: StopReason | None
+    save: bool
+
+
 class Trainer:
     """The state of a run: data, model, optimizer, schedule, counters."""
 
@@ -96,10 +107,12 @@ class Trainer:
         self.timer = StepTimer(device)
         self._time_optimizer()
         self.position = Position()
-        self.skipped_steps = 0
         self.skipped_in_a_row = SkippedInARow(config.train.max_skipped_steps)
         self.spikes = LossSpikes()
-        self.first_validation_loss = self.validation_loss = math.nan
+        self.progress = Progress()
+        self.checkpoints = Checkpoints(
+            config, folder, self.strategy.state(), self.schedule, self.data.train, device, console, self.progress
+        )
 
     def _time_optimizer(self) -> None:
         """By hooks, because DeepSpeed calls the optimizer, and more than once per step."""
@@ -123,48 +136,70 @@ class Trainer:
         steps = self.config.train.steps
         self.console.start(steps)
         self.metrics.text("run/parameters", "\n".join(f"    {name}: {shape}" for name, shape in self.shapes.items()))
-        self._evaluate(0)
-        self.first_validation_loss = self.validation_loss
+        done = self.checkpoints.resume()
+        if done == 0:
+            self._evaluate(0)
+            self.progress.first_validation_loss = self.progress.validation_loss
         self.timer = StepTimer(self.device)
         with watch or nullcontext():
-            for step in range(1, steps + 1):
-                stopped = self._step(step, stop)
-                if stopped and step < steps:
-                    return self._stop(step, stopped)
-                if step % self.config.train.eval_interval == 0 or step == steps:
+            for step in range(done + 1, steps + 1):
+                try:
+                    asked = self._step(step, stop)
+                except NotFinite:  # on all ranks
+                    self.checkpoints.close()
+                    raise
+                last = step == steps
+                if asked.stop and not last:
+                    return self._stop(step, asked.stop)
+                if step % self.config.train.eval_interval == 0 or last:
                     self._evaluate(step)
+                if self.checkpoints.is_due(step, by_clock=asked.save, last=last):
+                    self._save(step)
+            self.checkpoints.close()
         self.console.close()
-        check_not_mostly_skipped(self.skipped_steps, steps)
+        check_not_mostly_skipped(self.progress.skipped_steps, steps)
         self._finish(steps)
         return ExitCode.FINISHED
 
+    def _save(self, step: int) -> None:
+        self.position.enter("save", step)
+        with self.timer.paused():
+            self.checkpoints.save(step)
+
     def _stop(self, step: int, reason: StopReason) -> ExitCode:
         """Ends an unfinished run in good order."""
+        if self.config.checkpoint.at_end:
+            self._save(step)
+        self.checkpoints.close()
         self.console.close()
-        code = ExitCode.INTERRUPTED if reason is StopReason.INTERRUPT else ExitCode.TERMINATED
+        code = ExitCode.REQUEUE if self.checkpoints.is_saved(step) else ExitCode.TERMINATED
+        if reason is StopReason.INTERRUPT:
+            code = ExitCode.INTERRUPTED
         if dist.get_rank() == 0:
             self.folder.mark_stopped({"exit_code": code, "reason": reason.value, "step": step})
         self.console.line(f"stopped after step {step} by {reason.value}; run folder {self.folder.attempt_path}")
+        self.console.line(newest_line(self.folder.checkpoints))
         return code
 
-    def _step(self, step: int, stop: list[StopReason]) -> StopReason | None:
-        """One optimizer step. Returns what has asked any rank to stop, the same on all ranks but for its name."""
+    def _step(self, step: int, stop: list[StopReason]) -> _Asked:
+        """One optimizer step."""
         config = self.config
         loss = self._forward_backward(step)
         norm = self.strategy.prepare()
         self.position.enter("step")
-        # One sum tells all ranks the same: the mean loss, whether anything is not finite, whether to stop.
+        # One sum tells all ranks the same: the mean loss, whether anything is not finite, whether to stop or to save.
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        asked = torch.tensor([StopReason.INTERRUPT in stop, bool(stop)], dtype=torch.float64, device=self.device)
+        flags = [StopReason.INTERRUPT in stop, bool(stop), self.checkpoints.due_by_clock]
+        asked = torch.tensor(flags, dtype=torch.float64, device=self.device)
         vote = torch.cat([torch.stack([loss.double(), bad.double()]), asked])
         dist.all_reduce(vote)
-        mean_loss, bad_ranks, interrupts, requests = vote.tolist()
+        mean_loss, bad_ranks, interrupts, requests, saving = vote.tolist()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         due = step % config.telemetry.log_interval == 0 or step == config.train.steps
         memory = self.strategy.memory() if due else {}
         updated = self.strategy.step(skip=bool(bad_ranks))
         if not updated:
-            self.skipped_steps += 1
+            self.progress.skipped_steps += 1
             self.console.line(f"step {step}: loss or gradient is not finite; update skipped")
         self._flag_spike(step, mean_loss / self.world_size)
         self.skipped_in_a_row.note(step, not updated)
@@ -172,9 +207,8 @@ class Trainer:
         self.timer.end_step(config.train.global_batch_size * config.data.sequence_length)
         if due:
             self._log(step, mean_loss / self.world_size, learning_rate, memory)
-        if interrupts:
-            return StopReason.INTERRUPT
-        return (stop[0] if stop else StopReason.OTHER_RANK) if requests else None
+        reason = (stop[0] if stop else StopReason.OTHER_RANK) if requests else None
+        return _Asked(StopReason.INTERRUPT if interrupts else reason, bool(saving))
 
     def _flag_spike(self, step: int, loss: float) -> None:
         median = self.spikes.median_if_spike(loss)
@@ -237,7 +271,7 @@ class Trainer:
         config = self.config
         self.position.enter("evaluate", step)
         with self.timer.paused():
-            self.validation_loss = evaluate(
+            self.progress.validation_loss = loss = evaluate(
                 self.strategy.model,
                 self.data.validation,
                 limit=config.train.eval_sequences,
@@ -245,9 +279,9 @@ class Trainer:
                 device=self.device,
                 context=self._evaluation_forward,
             )
-        perplexity = math.exp(min(self.validation_loss, 700.0))
-        self.metrics.log(step, {tags.LOSS_VALIDATION: self.validation_loss, tags.PERPLEXITY_VALIDATION: perplexity})
-        self.console.validation(step, self.validation_loss, perplexity)
+        perplexity = math.exp(min(loss, 700.0))
+        self.metrics.log(step, {tags.LOSS_VALIDATION: loss, tags.PERPLEXITY_VALIDATION: perplexity})
+        self.console.validation(step, loss, perplexity)
 
     def _evaluation_forward(self) -> Any:
         self.position.enter("evaluate")  # each forward pass is progress
@@ -265,14 +299,14 @@ class Trainer:
             self.folder.mark_finished(
                 {
                     "steps": step,
-                    "skipped_steps": self.skipped_steps,
+                    "skipped_steps": self.progress.skipped_steps,
                     "tokens": step * config.train.global_batch_size * config.data.sequence_length,
-                    "first_validation_loss": self.first_validation_loss,
-                    "validation_loss": self.validation_loss,
+                    "first_validation_loss": self.progress.first_validation_loss,
+                    "validation_loss": self.progress.validation_loss,
                     "unigram_loss": self.data.unigram_loss,
                 }
             )
-        line(f"validation loss {self.first_validation_loss:.4f} -> {self.validation_loss:.4f}")
+        line(f"validation loss {self.progress.first_validation_loss:.4f} -> {self.progress.validation_loss:.4f}")
         line(f"run folder {self.folder.path}")
         if config.train.export:
             line(f"model      {self.folder.export} (transformers: AutoModelForCausalLM.from_pretrained)")
