@@ -86,12 +86,15 @@ class RunFolder:
         write_atomically(self.path / "FINISHED", _json({"attempt": self.attempt, **finite}))
 
 
-def create(config: RunConfig, overrides: Sequence[str]) -> RunFolder:
+def create(config: RunConfig, overrides: Sequence[str], run: Path | None = None) -> RunFolder:
     """Makes the folder of a new attempt: of the unfinished run with the same digest, else of a fresh run.
 
     With `resume=none` it is a fresh run always.
 
     Commands that start at the same moment get different attempts, because making the attempt's folder is exclusive.
+
+    Args:
+        run: the run's folder, if it is known.
 
     Raises:
         ConfigError: if `runs` cannot be written.
@@ -100,8 +103,9 @@ def create(config: RunConfig, overrides: Sequence[str]) -> RunFolder:
     base = Path(config.runs) / f"{prefix}-{digest(config)}"
     try:
         for repetition in count(1):
-            path = base if repetition == 1 else base.with_name(f"{base.name}-{repetition}")
-            if not (path / "FINISHED").exists() and not (config.resume.source == "none" and path.exists()):
+            path = run or (base if repetition == 1 else base.with_name(f"{base.name}-{repetition}"))
+            taken = (path / "FINISHED").exists() or (config.resume.source == "none" and path.exists())
+            if run is not None or not taken:
                 break
         folder = _new_attempt(path)
         folder.tensorboard(0).parent.mkdir()
