@@ -77,8 +77,11 @@ def shutdown(exit_code: int, *, together: bool) -> NoReturn:
     if together:
         import torch.distributed as dist
 
-        dist.barrier()
-        dist.destroy_process_group()
+        try:
+            dist.barrier()
+            dist.destroy_process_group()
+        except RuntimeError:  # another rank failed after the last step, and says why
+            exit_code = exit_code or ExitCode.FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
@@ -115,8 +118,11 @@ def _work(
         code = _exit_code(error)
         text = traceback.format_exc() if code is ExitCode.FAILED else str(error)
         path = folder.error(rank)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        except OSError:  # the disk is full: say it anyway
+            print(f"error: rank {rank}: {text}", file=sys.stderr)
         unexpected = code is ExitCode.FAILED
         if speaks and (rank == 0 or unexpected or code is ExitCode.HANG):
             print(f"error: {f'rank {rank} failed: ' if unexpected else ''}{text}", file=sys.stderr)

@@ -13,7 +13,8 @@ import shutil
 from pathlib import Path
 
 from dist_lowrank.checkpoint.errors import CheckpointError
-from dist_lowrank.checkpoint.manifest import open_checkpoint, verify_files
+from dist_lowrank.checkpoint.manifest import MANIFEST, open_checkpoint, verify_files
+from dist_lowrank.config.errors import ConfigError
 
 _NAME = re.compile(r"save-(\d{4,})-step-(\d{8,})")
 
@@ -22,6 +23,24 @@ def committed(root: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     found = list(root.iterdir()) if root.is_dir() else []
     return sorted((p for p in found if _NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()), key=_number)
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoint at a path, or those of the run or attempt at that path, newest first.
+
+    Raises:
+        ConfigError: nothing of the kind is there.
+    """
+    if (path / MANIFEST).exists():
+        return [path]
+    run = path.parent if path.name.startswith("attempt-") else path
+    found = committed(run / "checkpoints") or committed(run)
+    if not found:
+        raise ConfigError(
+            f"resume: {path} is not allowed, no checkpoint is there; allowed: auto, none, a checkpoint such as "
+            "runs/NAME/checkpoints/save-0001-step-00000100, or a run that has some"
+        )
+    return found[::-1]
 
 
 def newest_good(root: Path) -> Path | None:

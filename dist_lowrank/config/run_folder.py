@@ -97,34 +97,49 @@ class RunFolder:
         write_atomically(self.path / "FINISHED", _json({"attempt": self.attempt, **finite}))
 
 
-def create(config: RunConfig, overrides: Sequence[str]) -> RunFolder:
+def create(config: RunConfig, overrides: Sequence[str], run: Path | None = None) -> RunFolder:
     """Makes the folder of a new attempt: of the unfinished run with the same digest, else of a fresh run.
 
     With `resume=none` it is a fresh run always.
 
     Commands that start at the same moment get different attempts, because making the attempt's folder is exclusive.
 
+    Args:
+        run: the run's folder, if it is known.
+
     Raises:
         ConfigError: if `runs` cannot be written.
     """
     prefix = config.name or f"{config.model.name}-{config.optimizer.name}"
     base = Path(config.runs) / f"{prefix}-{digest(config)}"
-    for repetition in count(1):
-        path = base if repetition == 1 else base.with_name(f"{base.name}-{repetition}")
-        if not (path / "FINISHED").exists() and not (config.resume.source == "none" and path.exists()):
-            break
-    return _new_attempt(path, config, overrides)
+    try:
+        for repetition in count(1):
+            path = run or (base if repetition == 1 else base.with_name(f"{base.name}-{repetition}"))
+            taken = (path / "FINISHED").exists() or (config.resume.source == "none" and path.exists())
+            if run is not None or not taken:
+                break
+        folder = _new_attempt(path)
+        folder.tensorboard(0).parent.mkdir()
+        folder.metrics(0).parent.mkdir()
+        write_atomically(folder.attempt_path / "overrides.txt", "".join(f"{line}\n" for line in overrides))
+        write_atomically(folder.attempt_path / "provenance.json", _json(_provenance()))
+        record = {"config": to_dict(config), "digest": digest(config), "versions": versions()}
+        write_atomically(folder.attempt_path / "run.json", _json(record))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"runs: {config.runs} is not allowed ({reason}); allowed: a folder to write in") from error
+    return folder
 
 
 def begin_again(folder: RunFolder) -> RunFolder:
-    """Makes the next attempt of a run that was interrupted, to continue from the newest checkpoint of the run.
+    """Makes the next attempt of a run that was interrupted, to continue from the run's newest checkpoint.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
     config = folder.config()
     config = replace(config, resume=replace(config.resume, source="auto"))  # it has begun, wherever it began
-    return _new_attempt(folder.path, config, (folder.attempt_path / "overrides.txt").read_text().splitlines())
+    return create(config, (folder.attempt_path / "overrides.txt").read_text().splitlines(), folder.path)
 
 
 def open_run(path: str | Path) -> RunFolder:
@@ -157,22 +172,7 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _new_attempt(path: Path, config: RunConfig, overrides: Sequence[str]) -> RunFolder:
-    try:
-        folder = _claim_attempt(path)
-        folder.tensorboard(0).parent.mkdir()
-        folder.metrics(0).parent.mkdir()
-        write_atomically(folder.attempt_path / "overrides.txt", "".join(f"{line}\n" for line in overrides))
-        write_atomically(folder.attempt_path / "provenance.json", _json(_provenance()))
-        record = {"config": to_dict(config), "digest": digest(config), "versions": versions()}
-        write_atomically(folder.attempt_path / "run.json", _json(record))
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(f"runs: {config.runs} is not allowed ({reason}); allowed: a folder to write in") from error
-    return folder
-
-
-def _claim_attempt(path: Path) -> RunFolder:
+def _new_attempt(path: Path) -> RunFolder:
     path.mkdir(parents=True, exist_ok=True)
     for attempt in count(1):
         folder = RunFolder(path, attempt)

@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dist_lowrank.checkpoint import CheckpointError, Saver, Sidecar, committed, open_checkpoint
 from dist_lowrank.checkpoint.errors import together
-from dist_lowrank.checkpoint.manifest import FORMAT, MANIFEST, Checkpoint
+from dist_lowrank.checkpoint.folders import checkpoints_at
+from dist_lowrank.checkpoint.manifest import FORMAT, Checkpoint
 from dist_lowrank.checkpoint.random_state import random_state
 from dist_lowrank.checkpoint.restore import check_can_follow, load
 from dist_lowrank.checkpoint.saver import Saved
@@ -242,24 +243,6 @@ class Checkpoints:
             value = saved.get(name)
             if isinstance(value, int | float):
                 setattr(self.progress, name, value)
-
-
-def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoint at a path, or those of the run or attempt at that path, newest first.
-
-    Raises:
-        ConfigError: nothing of the kind is there.
-    """
-    if (path / MANIFEST).exists():
-        return [path]
-    run = path.parent if path.name.startswith("attempt-") else path
-    found = committed(run / "checkpoints") or committed(run)
-    if not found:
-        raise ConfigError(
-            f"resume: {path} is not allowed, no checkpoint is there; allowed: auto, none, a checkpoint such as "
-            "runs/NAME/checkpoints/save-0001-step-00000100, or a run that has some"
-        )
-    return found[::-1]
 
 
 def all_finite(shards: Mapping[str, Shard]) -> bool:
