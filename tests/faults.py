@@ -1,4 +1,4 @@
-"""Faults that strike one rank in the middle of a phase, armed in the forked rank itself; the package knows nothing of it."""
+"""Faults that strike one rank in a phase, armed in the forked rank itself; the package knows nothing of them."""
 
 from __future__ import annotations
 

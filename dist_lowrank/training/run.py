@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 
@@ -50,6 +52,8 @@ def train(
         NotFinite: loss or gradients were not finite too often.
     """
     torch.manual_seed(config.seed)
+    random.seed(config.seed)  # of other libraries, so that a run that starts again before it saved is the same
+    numpy.random.seed(config.seed % 2**32)
     torch.use_deterministic_algorithms(config.train.deterministic)
     rank = dist.get_rank()
     tensorboard = folder.tensorboard(rank) if config.telemetry.tensorboard else None
