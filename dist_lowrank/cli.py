@@ -7,10 +7,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dist_lowrank.exit_codes import ExitCode
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from dist_lowrank.config import RunConfig, RunFolder
     from dist_lowrank.training.parameter_table import ParameterRow
     from dist_lowrank.training.traffic_forecast import TrafficRow
 
@@ -20,10 +23,12 @@ overrides (Hydra's grammar; `dist-lowrank check` prints every key):
                                            schedule, experiment
   optimizer.rank=0.5 train.steps=500       a value
   data=text 'data.path="my books/*.txt"'   your own text; quotes keep spaces together
+  resume=none                              a fresh run; or a checkpoint, or a run to start from (docs/checkpoints.md)
   model.pretrained=PATH                    start from a Hugging Face checkpoint
   +model.config.rope_theta=1e5             a field of the transformers configuration
 
-exit codes: 0 done, 1 failed, 2 refused configuration, 130 and 143 stopped by Ctrl-C and SIGTERM
+exit codes: 0 done, 1 failed, 2 refused configuration, 66 ranks differ, 67 not finite, 69 checkpoint, 75 start again
+(stopped by SIGTERM, SIGUSR1 or the time limit), 76 a rank hung, 130 Ctrl-C
 """
 
 
@@ -38,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, action, summary in (
         ("train", _train, "train on all visible GPUs, or in 2 processes on a CPU"),
+        ("resume", _resume, "continue an unfinished run from its newest checkpoint, on other processes if you like"),
         ("check", _check, "print the resolved configuration, the parameters and what a step sends; start nothing"),
     ):
         subparser = verbs.add_parser(
@@ -47,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             epilog=_OVERRIDES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        if verb == "resume":
+            subparser.add_argument("run", metavar="RUN", help="its folder, such as runs/NAME")
         subparser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="such as train.steps=500")
         subparser.set_defaults(action=action)
     options = parser.parse_args(arguments)
@@ -55,21 +63,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _missing(error)
     try:
-        code: int = options.action(options.overrides)
+        code: int = options.action(options)
     except ConfigError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
+        return ExitCode.CONFIGURATION
     except ModuleNotFoundError as error:
         return _missing(error)
     except KeyboardInterrupt:
-        return 130
+        return ExitCode.INTERRUPTED
     return code
 
 
-def _train(overrides: Sequence[str]) -> int:
+def _train(options: argparse.Namespace) -> int:
     from dist_lowrank.launchers.preparation import prepare_run
 
-    config, folder = prepare_run(overrides)
+    return _launch(*prepare_run(options.overrides))
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from dist_lowrank.launchers.preparation import prepare_resume
+
+    return _launch(*prepare_resume(options.run, options.overrides))
+
+
+def _launch(config: RunConfig, folder: RunFolder) -> int:
     print(folder.announcement, flush=True)
 
     from dist_lowrank.launchers.local import launch
@@ -77,12 +94,12 @@ def _train(overrides: Sequence[str]) -> int:
     return launch(config, folder)
 
 
-def _check(overrides: Sequence[str]) -> int:
+def _check(options: argparse.Namespace) -> int:
     from omegaconf import OmegaConf
 
     from dist_lowrank.config import compose, digest, to_dict
 
-    config = compose(overrides)
+    config = compose(options.overrides)
 
     from dist_lowrank.launchers.preparation import check_world, resolve_processes
 
@@ -148,7 +165,7 @@ def _missing(error: ModuleNotFoundError) -> int:
     if package in ("", "dist_lowrank"):
         raise error
     print(f"error: package {package} is not installed; install dist-lowrank with its extra [train]", file=sys.stderr)
-    return 1
+    return ExitCode.FAILED
 
 
 if __name__ == "__main__":

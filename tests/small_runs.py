@@ -66,7 +66,11 @@ def run_loop(rank: int, folder: RunFolder) -> dict[str, Any]:
         trainer.run([])
         weights = full_weights(trainer)
     entries = [json.loads(line) for line in folder.metrics(rank).read_text().splitlines()]
-    return {"entries": entries, "weights": weights if dist.get_rank() == 0 else None, "skipped": trainer.skipped_steps}
+    return {
+        "entries": entries,
+        "weights": weights if dist.get_rank() == 0 else None,
+        "skipped": trainer.progress.skipped_steps,
+    }
 
 
 def losses(result: dict[str, Any]) -> list[float]:

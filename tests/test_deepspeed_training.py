@@ -107,7 +107,7 @@ def _poisoned(rank: int, folder: RunFolder) -> dict[str, Any]:
     return {
         "unchanged": all(torch.equal(before[name], after[name]) for name in before),
         "moved": moved,
-        "skipped": trainer.skipped_steps,
+        "skipped": trainer.progress.skipped_steps,
         "learning_rate": rate,
     }
 

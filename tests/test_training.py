@@ -91,8 +91,8 @@ def _run_with_poison(rank: int, folder: RunFolder) -> dict[str, Any]:
         before: dict[str, torch.Tensor] = {}
         backward = trainer._forward_backward
 
-        def poisoned() -> torch.Tensor:
-            loss = backward()
+        def poisoned(step: int) -> torch.Tensor:
+            loss = backward(step)
             if trainer.data.train.state_dict()["samples"] == 16:
                 before.update({key: value.clone() for key, value in full_weights(trainer).items()})
                 if rank == 1:
@@ -114,7 +114,7 @@ def _run_with_poison(rank: int, folder: RunFolder) -> dict[str, Any]:
     return {
         "unchanged": unchanged,
         "counters": (counters, skipped_counters, _steps(trainer)),
-        "skipped": trainer.skipped_steps,
+        "skipped": trainer.progress.skipped_steps,
         "moved": moved,
     }
 

@@ -81,7 +81,8 @@ def group_options(directory: Path) -> dict[str, list[str]]:
 
 def _accepted_by_hydra(overrides: Sequence[str], directory: Path) -> list[str]:
     groups = group_options(directory)
-    parsed = [_parse(text) for text in overrides]
+    # `resume=VALUE` for short, beside the keys of the same section.
+    parsed = [_parse(re.sub(r"^(\+*)resume=", r"\1resume.source=", text)) for text in overrides]
     accepted = [_checked_group(each, groups) if each.key_or_group in groups else _as_addition(each) for each in parsed]
     keys = {each.key_or_group for each in parsed}
     if "model.pretrained" in keys and "model" not in keys:

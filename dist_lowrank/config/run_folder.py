@@ -9,6 +9,8 @@
             metrics/rank_00000.jsonl             the same numbers as JSON lines
             export/                              the model in Hugging Face format
             errors/rank_00000.txt                only after a failure
+            stopped.json                         why, where and with which exit code, if it was asked to stop
+        checkpoints/save-0001-step-00000100/     see `dist_lowrank.checkpoint`; attempts continue from the newest
         FINISHED                                 a JSON summary; without it the next start adds attempt-2
 
 The configuration lies in the attempt because attempts of one run may differ in strategy, launcher and telemetry.
@@ -27,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import count
 from pathlib import Path
@@ -54,6 +56,10 @@ class RunFolder:
         return self.attempt_path / "export"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
     def announcement(self) -> str:
         """The first line that a run prints."""
         return f"run folder {self.attempt_path}   watch it: tensorboard --logdir {shlex.quote(str(self.path))}"
@@ -75,16 +81,31 @@ class RunFolder:
         """The configuration of this attempt."""
         return from_dict(json.loads((self.attempt_path / "run.json").read_text())["config"])
 
+    @property
+    def stopped(self) -> dict[str, Any] | None:
+        """How this attempt was stopped before the end: `exit_code`, `reason`, `step`; None: it was not."""
+        path = self.attempt_path / "stopped.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def mark_stopped(self, how: dict[str, Any]) -> None:
+        """Notes that this attempt ended in good order before the last step. Call it on one rank."""
+        write_atomically(self.attempt_path / "stopped.json", _json(how))
+
     def mark_finished(self, summary: dict[str, Any]) -> None:
         """Marks the run as complete, so that the same command starts a fresh folder. Call it on one rank."""
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in summary.items()}
         write_atomically(self.path / "FINISHED", _json({"attempt": self.attempt, **finite}))
 
 
-def create(config: RunConfig, overrides: Sequence[str]) -> RunFolder:
+def create(config: RunConfig, overrides: Sequence[str], run: Path | None = None) -> RunFolder:
     """Makes the folder of a new attempt: of the unfinished run with the same digest, else of a fresh run.
 
+    With `resume=none` it is a fresh run always.
+
     Commands that start at the same moment get different attempts, because making the attempt's folder is exclusive.
+
+    Args:
+        run: the run's folder, if it is known.
 
     Raises:
         ConfigError: if `runs` cannot be written.
@@ -93,20 +114,32 @@ def create(config: RunConfig, overrides: Sequence[str]) -> RunFolder:
     base = Path(config.runs) / f"{prefix}-{digest(config)}"
     try:
         for repetition in count(1):
-            path = base if repetition == 1 else base.with_name(f"{base.name}-{repetition}")
-            if not (path / "FINISHED").exists():
+            path = run or (base if repetition == 1 else base.with_name(f"{base.name}-{repetition}"))
+            taken = (path / "FINISHED").exists() or (config.resume.source == "none" and path.exists())
+            if run is not None or not taken:
                 break
         folder = _new_attempt(path)
         folder.tensorboard(0).parent.mkdir()
         folder.metrics(0).parent.mkdir()
         write_atomically(folder.attempt_path / "overrides.txt", "".join(f"{line}\n" for line in overrides))
         write_atomically(folder.attempt_path / "provenance.json", _json(_provenance()))
-        record = {"config": to_dict(config), "digest": digest(config), "versions": _versions()}
+        record = {"config": to_dict(config), "digest": digest(config), "versions": versions()}
         write_atomically(folder.attempt_path / "run.json", _json(record))
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"runs: {config.runs} is not allowed ({reason}); allowed: a folder to write in") from error
     return folder
+
+
+def begin_again(folder: RunFolder) -> RunFolder:
+    """Makes the next attempt of a run that was interrupted, to continue from the run's newest checkpoint.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    config = folder.config()
+    config = replace(config, resume=replace(config.resume, source="auto"))  # it has begun, wherever it began
+    return create(config, (folder.attempt_path / "overrides.txt").read_text().splitlines(), folder.path)
 
 
 def open_run(path: str | Path) -> RunFolder:
@@ -153,14 +186,16 @@ def _json(data: Any) -> str:
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """The versions of Python and of the packages that a run computes with, by name; None: not installed."""
+
     def version(package: str) -> str | None:
         try:
             return metadata.version(package)
         except metadata.PackageNotFoundError:
             return None
 
-    packages = ("dist-lowrank", "torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core")
+    packages = ("dist-lowrank", "torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core", "deepspeed")
     return {"python": platform.python_version()} | {package: version(package) for package in packages}
 
 

@@ -355,8 +355,21 @@ class TrainConfig:
     eval_sequences: PositiveInt = 256  # held-out sequences per evaluation, at most
     eval_legacy_counter: bool = False  # count one batch too many, as published low-rank code does; depends on the ranks
     deterministic: bool = False  # torch.use_deterministic_algorithms
+    max_skipped_steps: PositiveInt = 10  # in a row, because loss or gradient is not finite; so many end the run
+    time_limit_minutes: PositiveFloat | None = None  # since the launcher started; saves and stops before it
+    time_limit_lead_minutes: NonNegativeFloat = 2.0  # how long before: for the last step and the save
     export: bool = True  # write the model and tokenizer in Hugging Face format at the end
     sample_tokens: NonNegativeInt = 64  # of generated text printed at the end
+
+    @model_validator(mode="after")
+    def _lead_is_shorter(self) -> TrainConfig:
+        limit = self.time_limit_minutes
+        if limit is not None and limit <= self.time_limit_lead_minutes:
+            raise ValueError(
+                f"time_limit_minutes: {limit:g} is not allowed; allowed: more than train.time_limit_lead_minutes "
+                f"({self.time_limit_lead_minutes:g})"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -367,11 +380,37 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True, config=_CONFIG)
+class CheckpointConfig:
+    """When to save, and what to keep of it. Whichever interval ends first counts."""
+
+    interval_steps: PositiveInt | None = None
+    interval_minutes: PositiveFloat | None = 15.0
+    at_end: bool = True  # also after the last step, and where a signal stops a run
+    keep_last: PositiveInt = 2
+    keep_every_steps: PositiveInt | None = None  # keep saved steps that are multiples of this for good
+    asynchronous: bool = True  # training waits for a copy in memory only
+    stop_on_failure: bool = False  # a save that fails ends the run; else it is told, and the next one tries again
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class ResumeConfig:
+    """Where a run starts; `resume=VALUE` is short for `resume.source=VALUE`."""
+
+    source: str = (
+        "auto"  # auto: this run's newest checkpoint; none: a fresh run; or a checkpoint, or a run that has some
+    )
+    weights_only: bool = False  # start at step 0 with these weights; of another optimizer, say
+    fallback: bool = False  # if the newest checkpoint is damaged, take the newest good one
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class LauncherConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when a GPU is visible
     nproc_per_node: PositiveInt | None = None  # null: all visible GPUs, or 2 on a CPU
     threads: PositiveInt | None = None  # per process; null: cores / processes
-    timeout_seconds: PositiveInt = 600  # of a collective
+    timeout_seconds: PositiveInt = 600  # without progress, until a rank counts as hanging
+    stop_seconds: PositiveInt = 120  # for ranks to save after a signal, before they are killed
+    max_restarts: NonNegativeInt = 0  # after a rank failed, died or hung; resumes from the newest checkpoint
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -397,6 +436,8 @@ class RunConfig:
     schedule: ScheduleConfig
     train: TrainConfig
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = Field(default_factory=ResumeConfig)
     launcher: LauncherConfig = Field(default_factory=LauncherConfig)
     seed: NonNegativeInt = 0
     runs: str = "runs"  # folder of all runs

@@ -20,12 +20,16 @@ from dist_lowrank.config.schema import RunConfig
 _NOT_SCIENCE = (
     "launcher",
     "telemetry",
+    "checkpoint",
     "strategy",
     "runs",
     "name",
     "train.micro_batch_size",
     "train.export",
     "train.sample_tokens",
+    "train.max_skipped_steps",
+    "train.time_limit_minutes",
+    "train.time_limit_lead_minutes",
     "model.activation_checkpointing",
     "model.compile",
     "optimizer.transform",
@@ -58,6 +62,8 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def digest(config: RunConfig) -> str:
     """12 hexadecimal digits that name what the run computes, whatever it runs on."""
     data = to_dict(config)
+    if not config.resume.weights_only:  # which starts another run
+        del data["resume"]
     for path in _NOT_SCIENCE:
         *sections, key = path.split(".")
         node = data

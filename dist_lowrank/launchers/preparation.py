@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
-from dist_lowrank.config import ConfigError, RunConfig, RunFolder, compose, create
+from dist_lowrank.config import ConfigError, RunConfig, RunFolder, compose, create, digest, open_run
 from dist_lowrank.config.deepspeed_json import deepspeed_json
 from dist_lowrank.training.data import check_data
 
@@ -21,6 +22,39 @@ def prepare_run(overrides: Sequence[str], world_size: int | None = None) -> tupl
         ConfigError: if the run could not work; then nothing was written.
     """
     config = compose(overrides)
+    _check(config, world_size)
+    return config, create(config, overrides)
+
+
+def prepare_resume(run: str, overrides: Sequence[str]) -> tuple[RunConfig, RunFolder]:
+    """The same for a new attempt of an unfinished run, configured as its last attempt was.
+
+    Args:
+        run: its folder, or one of its attempts.
+        overrides: further ones, that change how it runs but not what it computes.
+
+    Raises:
+        ConfigError: if it could not work; then nothing was written.
+    """
+    last = open_run(run)
+    if last.is_finished:
+        raise ConfigError(f"{run}: is finished; allowed: an unfinished run (or `dist-lowrank train ... resume={run}`)")
+    before = (last.attempt_path / "overrides.txt").read_text().splitlines()
+    given = {each.partition("=")[0].lstrip("+") for each in overrides}
+    kept = [each for each in before if each.partition("=")[0].lstrip("+") not in given]
+    if not (last.config().resume.weights_only or "resume" in given):
+        kept = [each for each in kept if each.partition("=")[0].lstrip("+") not in ("resume", "resume.source")]
+    config = compose([*kept, *overrides])
+    if digest(config) != digest(last.config()):
+        raise ConfigError(
+            f"{' '.join(overrides)}: is not allowed, it changes what {last.path} computes; allowed: what does not, "
+            f"such as strategy, launcher.nproc_per_node, telemetry (or `dist-lowrank train ... resume={run}`)"
+        )
+    _check(config, None)
+    return config, create(config, [*kept, *overrides], last.path)
+
+
+def _check(config: RunConfig, world_size: int | None) -> None:
     if world_size is None:
         _, world_size = resolve_processes(config)
     check_world(config, world_size)
@@ -32,7 +66,23 @@ def prepare_run(overrides: Sequence[str], world_size: int | None = None) -> tupl
     from dist_lowrank.training.parameter_table import parameter_table  # slow: imports transformers
 
     parameter_table(config, world_size)  # for its checks: names match, layouts are supported
-    return config, create(config, overrides)
+    if config.resume.source not in ("auto", "none"):
+        _check_source(config)
+
+
+def _check_source(config: RunConfig) -> None:
+    from dist_lowrank.checkpoint.errors import CheckpointError
+    from dist_lowrank.checkpoint.folders import checkpoints_at
+    from dist_lowrank.checkpoint.manifest import open_checkpoint
+    from dist_lowrank.checkpoint.restore import check_can_follow
+
+    newest = checkpoints_at(Path(config.resume.source))[0]
+    if not config.resume.weights_only:
+        try:
+            check_can_follow(open_checkpoint(newest), config)
+        except CheckpointError as error:
+            if not config.resume.fallback:
+                raise ConfigError(f"resume: {error}") from error
 
 
 def resolve_processes(config: RunConfig, visible_gpus: int | None = None) -> tuple[str, int]:

@@ -356,6 +356,11 @@ class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
                     state[index] = cut_flat_state(self._bound[parameter], self._flat[parameter], state[index])
         return {**incoming, "state": state}
 
+    def flat_members(self) -> dict[Tensor, tuple[BoundParameter, FlatPlace]]:
+        """What is known of the flat tensors that were declared."""
+        self.bind()
+        return {parameter: (self._bound[parameter], place) for parameter, place in self._flat.items()}
+
     def gather_flat_state(self, state: Mapping[Tensor, Mapping[str, Tensor]]) -> dict[Tensor, dict[str, Tensor]]:
         """The state of flat tensors in global shapes, the same on all ranks; empty without any. Collective."""
         self.bind()

@@ -94,6 +94,23 @@ def whole_weights(engine: Any) -> dict[str, Tensor]:
     return found
 
 
+def flat_tensors(engine: Any, given: Any) -> list[FlatTensor]:
+    """What the flat master weights of stages 1 to 3 hold of which parameters.
+
+    Args:
+        given: has the names of parameters as `given`, and `param_groups`; an optimizer of `dist_lowrank.optim`.
+
+    Raises:
+        LayoutError: a wrapper that is not known, or a layout that is not as expected.
+    """
+    wrapper = engine.optimizer
+    if type(wrapper).__name__ not in _READERS:
+        raise LayoutError(
+            f"DeepSpeed: the wrapper {type(wrapper).__name__} is not known; allowed: {', '.join(_READERS)}"
+        )
+    return _READERS[type(wrapper).__name__](wrapper, given)
+
+
 def _client(engine: Any) -> LowRankOptimizer:
     section = engine._config.optimizer_name
     if section is not None:
@@ -228,13 +245,13 @@ def _raise_together(problem: str | None, group: dist.ProcessGroup) -> None:
 # What DeepSpeed's wrappers say ---------------------------------------------------------------------------------------
 
 
-def _read_stages_1_and_2(wrapper: Any, optimizer: LowRankOptimizer) -> list[FlatTensor]:
+def _read_stages_1_and_2(wrapper: Any, optimizer: Any) -> list[FlatTensor]:
     weights = wrapper.round_robin_bit16_groups  # in the order of gradients, also without round robin
     masters = wrapper.single_partition_of_fp32_groups
     return _read_buffers(wrapper, optimizer, weights, wrapper.bit16_groups_flat, masters)
 
 
-def _read_bf16_optimizer(wrapper: Any, optimizer: LowRankOptimizer) -> list[FlatTensor]:
+def _read_bf16_optimizer(wrapper: Any, optimizer: Any) -> list[FlatTensor]:
     return _read_buffers(
         wrapper, optimizer, wrapper.bf16_groups, wrapper.bf16_groups_flat, wrapper.fp32_groups_flat_partition
     )
@@ -272,7 +289,7 @@ def _read_buffers(
     ]
 
 
-def _read_stage_3(wrapper: Any, optimizer: LowRankOptimizer) -> list[FlatTensor]:
+def _read_stage_3(wrapper: Any, optimizer: Any) -> list[FlatTensor]:
     """A flat tensor for each sub-group: each parameter is cut by itself, its last part padded."""
     flat_tensors = []
     for number, parameters in enumerate(wrapper.fp16_groups):

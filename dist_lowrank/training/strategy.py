@@ -16,9 +16,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_lowrank.checkpoint.state import NativeState, TrainingState
 from dist_lowrank.config import RunConfig
 from dist_lowrank.config.deepspeed_json import deepspeed_json
 from dist_lowrank.optim.engine import LowRankOptimizer
+from dist_lowrank.optim.given import GivenParameters
 from dist_lowrank.sharding.layouts import TallForm
 from dist_lowrank.strategies import apply_strategy, autocast, gradient_sync
 from dist_lowrank.telemetry.memory import memory_by_cause
@@ -50,6 +52,9 @@ class Strategy(Protocol):
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The model's state dict on the CPU; complete on rank 0."""
+
+    def state(self) -> TrainingState:
+        """How weights and optimizer state are saved and loaded."""
 
 
 def make_strategy(config: RunConfig, model: nn.Module, device: torch.device) -> Strategy:
@@ -99,6 +104,9 @@ class Native:
         weights: dict[str, Any] = get_model_state_dict(module, options=options)
         return weights
 
+    def state(self) -> TrainingState:
+        return NativeState(self.model, self.optimizer)
+
 
 class DeepSpeed:
     """zero0 to zero3. DeepSpeed sums, clips and checks gradients itself, and calls the optimizer."""
@@ -112,6 +120,8 @@ class DeepSpeed:
         deepspeed.utils.logger.setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that DeepSpeed still uses
         self.optimizer = make_optimizer(config, route(model, config))
+        self.given = GivenParameters()  # before DeepSpeed puts others in their place
+        self.given.remember(self.optimizer.param_groups, only_known=False)
         settings = deepspeed_json(config, dist.get_world_size())
         with redirect_stdout(io.StringIO()):  # it prints memory reports
             self.model, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
@@ -147,3 +157,8 @@ class DeepSpeed:
 
     def whole_weights(self) -> dict[str, Tensor]:
         return self.adapter.whole_weights(self.model)
+
+    def state(self) -> TrainingState:
+        from dist_lowrank.strategies.deepspeed_state import engine_state
+
+        return engine_state(self.model, self.optimizer, self.given)
