@@ -361,7 +361,7 @@ def test_parts_that_make_no_sense_are_refused_with_what_is_allowed(options: dict
 
 
 def _steps_of_choices(recipe: Any, position: int, steps: int) -> list[int]:
-    return [step for step in range(1, steps + 1) if recipe.at(position).refreshes(step)]
+    return [step for step in range(1, steps + 1) if recipe.at(position, 4).refreshes(step)]
 
 
 def test_staggered_matrices_choose_at_the_first_step_and_then_in_turn() -> None:
@@ -378,7 +378,7 @@ def test_staggered_matrices_choose_at_the_first_step_and_then_in_turn() -> None:
     for each in (galore, dct):
         recipe = each.recipe(each.param_groups[0])
         for position in range(4):
-            numbers = [recipe.at(position).choices_before(step) for step in _steps_of_choices(recipe, position, 30)]
+            numbers = [recipe.at(position, 4).choices_before(step) for step in _steps_of_choices(recipe, position, 30)]
             assert numbers[0] == 0
             assert all(later > earlier for earlier, later in pairwise(numbers))
 

@@ -181,11 +181,10 @@ def _blocks(group: Mapping[str, Any]) -> Blocks:
     if group["higher_dims"] == "stack":
         raise refuse("higher_dims", "stack", "dense, flatten with subspace='blocks': matrices of a stack share state")
     check_rank(group["rank"])
-    same = ("lr", "weight_decay", "seed", "weight_rounding", "betas", "eps", "decay_last")
+    same = ("lr", "weight_decay", "side", "seed", "weight_rounding", "betas", "eps", "decay_last")
     return Blocks(
         **{key: group[key] for key in same},
         rank=1.0,  # all columns
-        side="unsharded",  # all of it is element-wise
         interval=group["refresh_interval"],
         fraction=group["rank"],
         order=group["block_order"],
