@@ -56,7 +56,6 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any], torch.dtype]] = {
     "galore": (GaLore, {"refresh_interval": 2}, torch.float32),
     "fira": (Fira, {"refresh_interval": 2, "subspace": "randomized_svd"}, torch.float32),
     "frugal": (Frugal, {"refresh_interval": 2, "subspace": "dct2"}, torch.float32),
-    "frugal, blocks": (Frugal, {"subspace": "blocks", "rank": 0.5}, torch.float32),
     "apollo": (Apollo, {"refresh_interval": 2}, torch.float32),
     "shared": (
         DCTAdamW,
