@@ -23,8 +23,8 @@ DEFAULT = compose()
 RANK = "an integer >= 1 (number of columns) or a float in (0, 1] (fraction of n)"
 OPTIMIZERS = (
     "adamw, apollo, apollo_mini, apollo_mini_published, apollo_published, dct_adamw, dct_adamw_published, fira, "
-    "fira_published, frugal, galore, galore2, galore_published, golore, golore_published, grass, grass_published, "
-    "ldadam, subtrack, subtrack_published, trion"
+    "fira_published, frugal, frugal_published, galore, galore2, galore_published, golore, golore_published, grass, "
+    "grass_published, ldadam, subtrack, subtrack_published, trion"
 )
 OPTIONS = [
     f"{group}={name}"

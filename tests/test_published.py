@@ -10,7 +10,7 @@ import torch
 from trajectories import KINDS, SHAPES, assert_equals_references, both, make, make_parameters, references_of
 
 from dist_lowrank.config import compose
-from dist_lowrank.optim import Apollo, Fira, GaLore, GoLore, Grass, SubTrack, published
+from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, Grass, SubTrack, published
 
 # What differs from our defaults, from the published constructors and algorithms.
 DIFFERENCES: dict[str, dict[str, Any]] = {
@@ -26,6 +26,7 @@ FAMILY: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "apollo": (Apollo, {}, {"decay_last": True}),
     "apollo_mini": (Apollo, {"rank": 1, "per": "tensor", "scale": 128.0}, {"decay_last": True}),
     "subtrack": (SubTrack, {}, {"residual_inside": 0.75, "decay_last": True}),
+    "frugal": (Frugal, {}, {"subspace": "blocks"}),
     "grass": (Grass, {}, {"transition": "reset"}),
 }
 

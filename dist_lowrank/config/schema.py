@@ -193,7 +193,8 @@ class ProjectedConfig:
     rank: Rank = 0.25
     alpha: PositiveFloat = 1.0
     side: Literal["shorter", "shorter_left", "longer", "right", "left", "unsharded"] = "shorter"
-    subspace: Literal[Projection, Dictionary] = "svd"
+    subspace: Literal[Projection, Dictionary, "blocks"] = "svd"
+    block_order: Literal["random", "ascending", "descending", "mirror"] = "random"
     refresh_interval: PositiveInt = 200
     refresh_stagger: bool = False
     switch_step: PositiveInt | None = None  # null: after 80 % of the steps

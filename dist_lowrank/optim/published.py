@@ -55,6 +55,17 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "residual_inside": 0.75,
         "residual_limit": 1.01,
     },
+    "frugal": {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "rank": 0.25,
+        "refresh_interval": 200,
+        "subspace": "blocks",
+        "block_order": "random",
+        "residual_scale": 1.0,
+    },
     "grass": {**_GALORE, "transition": "reset", "corrected_eps": True, "decay_last": False},
 }
 
@@ -78,7 +89,8 @@ def published(name: str) -> dict[str, Any]:
     - `fira`, `subtrack`: `residual_inside=0.75`, which is 1 - alpha (at 1B and 7B, with alpha 0.0625, 0.9375): the
       residual keeps that part of what is inside the subspace.
     - `grass`: `transition="reset"`, by the paper, whose code was not published.
-    - No difference: `frugal`, `ldadam` (and GaLore 2, of which there is no code), which are not offered here.
+    - `frugal`: `subspace="blocks"`: whole matrices take turns.
+    - No difference: `ldadam` (and GaLore 2, of which there is no code), which are not offered here.
 
     For `dct_adamw` and `trion` (arXiv 2505.17967, `ISTA-DASLab-Optimizers`, `fft_low_rank`):
 

@@ -36,7 +36,7 @@ class ParameterRow:
     n: int | None  # length of the compressed axis
     rank: int | None
     placement: str
-    state_bytes: int
+    state_bytes: int  # with `blocks`: when it is its turn
 
 
 def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
