@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -27,7 +28,7 @@ from processes import run_on_ranks
 from support_matrix import supports
 from torch import Tensor
 
-from dist_lowrank.optim import param_groups
+from dist_lowrank.optim import DCTAdamW, param_groups
 from dist_lowrank.sharding.layouts import LayoutError, local
 from dist_lowrank.strategies.deepspeed import bind
 
@@ -440,3 +441,37 @@ def test_a_step_exchanges_torn_rows_and_sums_once_and_left_sides_back(stage: int
         assert calls == [[ROWS, SUM, ROWS], []]
     for calls in run_on_ranks(2, _count_collectives, configuration(stage), "trion"):
         assert calls == [[ROWS, SUM, SUM, ROWS], []]
+
+
+# Two matrices to a role, on both sides.
+SHARING = {"q0": (7, 5), "wide0": (5, 6), "bias": (5,), "q1": (9, 5), "wide1": (5, 8)}
+SHARED = {"lr": 0.02, "rank": 3, "dictionary": "shared", "dictionary_interval": 4, "refresh_interval": 2}
+
+
+def _sharing(rank: int, stages: list[int], zero: dict[str, Any]) -> list[tuple[dict[str, Tensor], int]]:
+    """By stage: weights after 10 steps, and the bytes of dictionaries."""
+    found = []
+    with mock.patch.dict(KINDS, {"dct_adamw": (DCTAdamW, SHARED)}):
+        for stage in stages:
+            engine = start_bound(configuration(stage, zero=zero), model=Model(SHARING))
+            for gradients in gradients_of(10, SHARING):
+                feed(engine, gradients)
+            found.append((weights_of(engine), engine.basic_optimizer.memory_bytes()["shared_dictionary"]))
+    return found
+
+
+def test_dictionaries_are_shared_under_zero_as_on_one_process() -> None:
+    model = Model(SHARING)
+    optimizer = DCTAdamW(param_groups(model), **SHARED)
+    for gradients in gradients_of(10, SHARING):
+        for module, gradient in zip(model.weights.values(), gradients, strict=True):
+            module.weight.grad = gradient.clone()
+        optimizer.step()
+    for results in run_on_ranks(2, _sharing, [0, 2, 3], {}):
+        for weights, dictionary_bytes in results:
+            assert_same(weights, {name: module.weight.detach() for name, module in model.weights.items()})
+            assert dictionary_bytes == 2 * 5 * 5 * 4
+    # Stage 3 steps with one sub-group after the other, so that each has dictionaries of its own.
+    for results in run_on_ranks(2, _sharing, [3], {"sub_group_size": 40}):
+        ((_, dictionary_bytes),) = results
+        assert dictionary_bytes > 2 * 5 * 5 * 4
