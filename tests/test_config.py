@@ -16,15 +16,25 @@ from omegaconf import OmegaConf
 
 from dist_lowrank.config import ConfigError, compose, digest, from_dict, to_dict
 from dist_lowrank.config.compose import config_directory, group_options
-from dist_lowrank.config.schema import AdamWConfig, DCTAdamWConfig, HubData, ProjectedConfig, TrionConfig
+from dist_lowrank.config.schema import (
+    AdamWConfig,
+    DCTAdamWConfig,
+    Dion3Config,
+    DionConfig,
+    HubData,
+    MuonConfig,
+    ProjectedConfig,
+    TrionConfig,
+)
 from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, Grass, LDAdam, SubTrack
 
 DEFAULT = compose()
 RANK = "an integer >= 1 (number of columns) or a float in (0, 1] (fraction of n)"
 OPTIMIZERS = (
-    "adamw, apollo, apollo_mini, apollo_mini_published, apollo_published, dct_adamw, dct_adamw_published, fira, "
-    "fira_published, frugal, frugal_published, galore, galore2, galore_published, golore, golore_published, grass, "
-    "grass_published, ldadam, subtrack, subtrack_published, trion"
+    "adafactor, adamw, adamw8bit, apollo, apollo_mini, apollo_mini_published, apollo_published, came, dct_adamw, "
+    "dct_adamw_published, dion, dion3, dion3_published, dion_published, fira, fira_published, frugal, "
+    "frugal_published, galore, galore2, galore_published, golore, golore_published, grass, grass_published, "
+    "ldadam, muon, muon_published, scale, smmf, subtrack, subtrack_published, trion, trion_published"
 )
 OPTIONS = [
     f"{group}={name}"
@@ -103,7 +113,15 @@ def test_the_1b_preset_has_the_heads_of_the_published_json_not_of_the_papers_tab
 
 
 @pytest.mark.parametrize(
-    ("name", "section"), [("dct_adamw", DCTAdamWConfig), ("trion", TrionConfig), ("adamw", AdamWConfig)]
+    ("name", "section"),
+    [
+        ("dct_adamw", DCTAdamWConfig),
+        ("trion", TrionConfig),
+        ("adamw", AdamWConfig),
+        ("muon", MuonConfig),
+        ("dion", DionConfig),
+        ("dion3", Dion3Config),
+    ],
 )
 def test_optimizer_files_list_every_key_with_the_default_of_the_schema(name: str, section: type) -> None:
     listed = OmegaConf.to_container(OmegaConf.load(config_directory() / "optimizer" / f"{name}.yaml"))

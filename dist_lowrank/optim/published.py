@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 _GALORE: dict[str, Any] = {
     "lr": 0.01,
     "betas": (0.9, 0.999),
@@ -67,6 +69,46 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "residual_scale": 1.0,
     },
     "grass": {**_GALORE, "transition": "reset", "corrected_eps": True, "decay_last": False},
+    "muon": {
+        "lr": 0.02,
+        "momentum": 0.95,
+        "weight_decay": 0.0,
+        "nesterov": True,
+        "scale": "spectral",
+        "orthogonalization": "newton_schulz",
+        "newton_schulz_steps": 5,
+        "newton_schulz_dtype": torch.bfloat16,
+        "state_dtype": "weights",
+        "dense_lr": 3e-4,
+        "dense_betas": (0.9, 0.95),
+        "dense_eps": 1e-10,
+    },
+    "dion": {
+        "lr": 0.01,
+        "momentum": 0.95,
+        "weight_decay": 0.01,
+        "rank": 1.0,
+        "side": "shorter",
+        "scale": "fan_ratio",
+        "state_dtype": "weights",
+        "dense_betas": (0.9, 0.95),
+        "dense_eps": 1e-8,
+    },
+    "dion3": {
+        "lr": 0.01,
+        "momentum": 0.95,
+        "weight_decay": 0.01,
+        "rank": 0.25,
+        "neuron_beta": 0.95,
+        "side": "left",
+        "scale": "fan_ratio",
+        "orthogonalization": "polar_express",
+        "newton_schulz_steps": 5,
+        "newton_schulz_dtype": torch.bfloat16,
+        "state_dtype": "weights",
+        "dense_betas": (0.9, 0.95),
+        "dense_eps": 1e-8,
+    },
 }
 
 
@@ -103,16 +145,23 @@ def published(name: str) -> dict[str, Any]:
     - `trion`: `dense_eps` 1e-10. Learning rate and weight decay are those of the paper's runs (the code's defaults
       are 0.02 and 0); the paper's ranks are 128, 256 and 512.
 
+    For `muon` (Keller Jordan's code), `dion` and `dion3` (microsoft/dion):
+
+    - all: `state_dtype="weights"`.
+    - `muon`, `dion3`: `newton_schulz_dtype` bfloat16, in which sharded runs are alike only to its rounding.
+    - `muon`: `dense_eps` 1e-10. `dion`: all directions, `rank=1.0`.
+
     What no option reproduces:
 
     - `subtrack`: see `SubTrack`;
     - `dct_adamw`, `trion`: the code leaves the order of the chosen columns open, so with `"keep"` its moments mix
       differently at every call; ours ascend, with ties to the lowest index;
-    - both: scores, moments and error feedback in the dtype of the parameters, Newton-Schulz in bfloat16: ours are
-      float32;
+    - `dct_adamw`, `trion`: scores, moments and error feedback in the dtype of the parameters, Newton-Schulz in
+      bfloat16: ours are float32;
     - `dct_adamw` compresses axis 1 of matrices of 512 or 1024 rows and 3584 or 4096 columns (`side="right"` in a group
       of their own does so), and sends matrices with a side of 32000 or more to AdamW (a group with `low_rank=False`);
-      `trion` takes `dct2` for wide matrices (so does `dictionary="dct2"` in a group of their own).
+      `trion` takes `dct2` for wide matrices (so does `dictionary="dct2"` in a group of their own);
+    - `dion3` selects rows on each shard by default, ours over the whole matrix; `dion` turns matrices by their shards.
 
     Raises:
         ValueError: for a name that has no published settings.
