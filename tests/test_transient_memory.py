@@ -17,7 +17,21 @@ from processes import run_on_ranks
 from test_sharded_trajectories import Model, random_cuts, shard
 from torch import nn
 
-from dist_lowrank.optim import Apollo, DCTAdamW, Fira, Frugal, GaLore, LDAdam, SubTrack, Trion
+from dist_lowrank.optim import (
+    CAME,
+    SCALE,
+    SMMF,
+    Adafactor,
+    AdamW8bit,
+    Apollo,
+    DCTAdamW,
+    Fira,
+    Frugal,
+    GaLore,
+    LDAdam,
+    SubTrack,
+    Trion,
+)
 from dist_lowrank.optim.rounding import CHUNK_ELEMENTS
 from dist_lowrank.optim.shared_dictionary import kept_bytes
 from dist_lowrank.optim.transient import held_bytes, scratch_bytes
@@ -77,6 +91,11 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any], torch.dtype]] = {
         {"transform": "fft", "materialize": False, "dictionary": "hadamard", "refresh_interval": 2},
         torch.float32,
     ),
+    "scale, embedding, bf16 weights": (SCALE, {"vocabulary": "embedding"}, BF16),
+    "adafactor": (Adafactor, {}, torch.float32),
+    "came": (CAME, {}, torch.float32),
+    "smmf, bf16 weights": (SMMF, {}, BF16),
+    "adamw8bit": (AdamW8bit, {}, torch.float32),
     "bf16 weights": (DCTAdamW, {}, BF16),
     "bf16 weights, stochastic": (DCTAdamW, {"weight_rounding": "stochastic"}, BF16),
 }
@@ -87,7 +106,9 @@ def _steps(
 ) -> tuple[list[Allocations], int]:
     """What steps allocate, with and without refresh, and what is allowed; state and dictionaries were made before."""
     make, options, dtype = OPTIMIZERS[optimizer]
-    options = {"lr": 0.01, "rank": 0.25, "workspace_bytes": workspace_bytes, "verify_every": 0, **options}
+    rank_of_subspace = {} if make in (CAME, SCALE, SMMF, Adafactor, AdamW8bit) else {"rank": 0.25}
+    options = {"lr": 0.01, **rank_of_subspace, "workspace_bytes": workspace_bytes, "verify_every": 0, **options}
+    of_groups = {"vocabulary": options.pop("vocabulary")} if "vocabulary" in options else {}
     model = Model(SHAPES, dtype)
     named: list[tuple[str, Any]]
     if layout == "flat":
@@ -95,10 +116,10 @@ def _steps(
         flat = {name: p.detach().flatten()[slice(*cuts[name][rank])] for name, p in model.named_parameters()}
         named = [(name, nn.Parameter(values)) for name, values in flat.items()]
     else:
-        shard(model, layout, world_size, options["rank"])
+        shard(model, layout, world_size, 0.25)
         named = list(model.named_parameters())
     groups = [
-        {"params": [(name, p) for name, p in named if name not in DENSE]},
+        {"params": [(name, p) for name, p in named if name not in DENSE], **of_groups},
         {"params": [(name, p) for name, p in named if name in DENSE], "low_rank": False},
     ]
     updater = make(groups, **options)
@@ -149,7 +170,7 @@ def test_a_step_needs_at_most_the_workspace_and_one_matrix(layout: str, world_si
         case = f"{layout} {world_size} rank {rank}, {optimizer}, workspace {workspace_bytes}"
         for found in steps:
             print(f"{case}: {found.peak_bytes / 2**10:.0f} KiB of {allowed_bytes / 2**10:.0f}")
-            assert found.count > 100, case
+            assert found.count > 50, case
             assert abs(found.remaining_bytes) < 20_000, case
             assert found.peak_bytes <= allowed_bytes, case
 
