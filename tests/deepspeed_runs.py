@@ -37,7 +37,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dct_adamw_error_feedback": (DCTAdamW, {"lr": 0.02, "rank": 2, "error_feedback": "fp32"}),
     "trion": (Trion, {"lr": 0.02, "weight_decay": 0.1, "rank": 3}),
 }
-# Optimizers of which less is tried here; SCALE's second matrix is the output head.
+# Optimizers without a subspace. `vocabulary_groups` has an embedding and an output head for SCALE.
 OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "scale": (SCALE, {"lr": 0.02, "weight_decay": 0.1}),
     "adafactor": (Adafactor, {"lr": 0.02, "weight_decay": 0.1}),
@@ -90,6 +90,15 @@ def configuration(stage: int, *, bf16: bool = False, accumulate: int = 1, **more
         "steps_per_print": 10**9,
         **more,
     }
+
+
+def vocabulary_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """`param_groups`, as of a model whose first matrix is its embedding and whose second is its output head."""
+    matrices, *dense = param_groups(model)
+    roles = {"weights.tall.weight": "embedding", "weights.wide.weight": "head"}
+    apart = {role: [(n, p) for n, p in matrices["params"] if n == name] for name, role in roles.items()}
+    hidden = [(name, p) for name, p in matrices["params"] if name not in roles]
+    return [{"params": hidden}, *({"params": params, "vocabulary": role} for role, params in apart.items()), *dense]
 
 
 def make_optimizer(kind: str, groups: Any, **options: Any) -> Any:
