@@ -13,6 +13,7 @@ import torch
 from collectives import CountCollectives
 from deepspeed_runs import (
     KINDS,
+    OTHERS,
     SHAPES,
     Model,
     configuration,
@@ -22,6 +23,7 @@ from deepspeed_runs import (
     set_environment,
     start,
     start_bound,
+    vocabulary_groups,
     weights_of,
 )
 from processes import run_on_ranks
@@ -36,10 +38,10 @@ STEPS = 20
 
 
 @cache
-def one_process(kind: str, steps: int = STEPS, clip: float = 0.0) -> dict[str, Tensor]:
+def one_process(kind: str, steps: int = STEPS, clip: float = 0.0, groups: Any = param_groups) -> dict[str, Tensor]:
     """Where our optimizer takes the model without DeepSpeed, which other tests compare with the references."""
     model = Model()
-    optimizer = make_optimizer(kind, param_groups(model))
+    optimizer = make_optimizer(kind, groups(model))
     for gradients in gradients_of(steps):
         for module, gradient in zip(model.weights.values(), gradients, strict=True):
             module.weight.grad = gradient.clone()
@@ -100,6 +102,33 @@ def test_zero_follows_the_one_process_trajectory(strategy: str, world_size: int,
         assert_same(result["weights"], one_process(kind))
     if stage > 0 and world_size > 1:
         assert_cut_badly([result["layout"] for result in results])
+
+
+def _without_a_subspace(rank: int, stage: int) -> dict[str, dict[str, Tensor]]:
+    """All of them in one group of processes."""
+    found = {}
+    for kind in OTHERS:
+        engine = start_bound(configuration(stage), kind, groups=vocabulary_groups)
+        for gradients in gradients_of(STEPS):
+            feed(engine, gradients)
+        found[kind] = weights_of(engine)
+    return found
+
+
+@cache
+def without_a_subspace(stage: int, world_size: int) -> list[dict[str, dict[str, Tensor]]]:
+    return run_on_ranks(world_size, _without_a_subspace, stage, timeout_seconds=120)
+
+
+@supports("exact")
+@pytest.mark.parametrize("optimizer", OTHERS)
+@pytest.mark.parametrize(
+    "strategy", ["zero2", *(pytest.param(f"zero{stage}", marks=pytest.mark.slow) for stage in (0, 1, 3))]
+)
+def test_optimizers_without_a_subspace_follow_their_one_process_trajectory(strategy: str, optimizer: str) -> None:
+    expected = one_process(optimizer, groups=vocabulary_groups)
+    for found in without_a_subspace(int(strategy[-1]), 3):
+        assert_same(found[optimizer], expected)
 
 
 # Variants of the layout. Each says what it is (a stage, DeepSpeed's settings) and on how many ranks.

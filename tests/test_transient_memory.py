@@ -17,7 +17,24 @@ from processes import run_on_ranks
 from test_sharded_trajectories import Model, random_cuts, shard
 from torch import nn
 
-from dist_lowrank.optim import Apollo, DCTAdamW, Dion, Dion3, Fira, Frugal, GaLore, LDAdam, Muon, SubTrack, Trion
+from dist_lowrank.optim import (
+    CAME,
+    SCALE,
+    SMMF,
+    Adafactor,
+    AdamW8bit,
+    Apollo,
+    DCTAdamW,
+    Dion,
+    Dion3,
+    Fira,
+    Frugal,
+    GaLore,
+    LDAdam,
+    Muon,
+    SubTrack,
+    Trion,
+)
 from dist_lowrank.optim.rounding import CHUNK_ELEMENTS
 from dist_lowrank.optim.shared_dictionary import kept_bytes
 from dist_lowrank.optim.transient import held_bytes, scratch_bytes
@@ -77,6 +94,11 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any], torch.dtype]] = {
         {"transform": "fft", "materialize": False, "dictionary": "hadamard", "refresh_interval": 2},
         torch.float32,
     ),
+    "scale, embedding, bf16 weights": (SCALE, {"vocabulary": "embedding"}, BF16),
+    "adafactor": (Adafactor, {}, torch.float32),
+    "came": (CAME, {}, torch.float32),
+    "smmf, bf16 weights": (SMMF, {}, BF16),
+    "adamw8bit": (AdamW8bit, {}, torch.float32),
     "bf16 weights": (DCTAdamW, {}, BF16),
     "bf16 weights, stochastic": (DCTAdamW, {"weight_rounding": "stochastic"}, BF16),
     "muon": (Muon, {}, torch.float32),
@@ -90,9 +112,9 @@ def _steps(
 ) -> tuple[list[Allocations], int]:
     """What steps allocate, with and without refresh, and what is allowed; state and dictionaries were made before."""
     make, options, dtype = OPTIMIZERS[optimizer]
-    options = {"lr": 0.01, "workspace_bytes": workspace_bytes, "verify_every": 0, **options}
-    if make is not Muon:
-        options = {"rank": 0.25, **options}
+    rank_of_subspace = {} if make in (CAME, SCALE, SMMF, Adafactor, AdamW8bit, Muon) else {"rank": 0.25}
+    options = {"lr": 0.01, **rank_of_subspace, "workspace_bytes": workspace_bytes, "verify_every": 0, **options}
+    of_groups = {"vocabulary": options.pop("vocabulary")} if "vocabulary" in options else {}
     model = Model(SHAPES, dtype)
     named: list[tuple[str, Any]]
     if layout == "flat":
@@ -103,7 +125,7 @@ def _steps(
         shard(model, layout, world_size, options.get("rank", 0.25))
         named = list(model.named_parameters())
     groups = [
-        {"params": [(name, p) for name, p in named if name not in DENSE]},
+        {"params": [(name, p) for name, p in named if name not in DENSE], **of_groups},
         {"params": [(name, p) for name, p in named if name in DENSE], "low_rank": False},
     ]
     updater = make(groups, **options)

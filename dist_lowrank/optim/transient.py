@@ -72,7 +72,7 @@ def scratch_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
     elements = max(choosing, inside, applying)
     if layout.group_size > 1:
         elements += 5 * form.rows * whole  # what the owner with the most has beyond its share
-    at_random = any(spec.cause == "moments" and spec.dtype.itemsize == 1 for spec in state)
+    at_random = any(spec.dtype == torch.int8 for spec in state)  # the geometric code's mark
     rounded = part if narrow and recipe.weight_rounding == "stochastic" else coefficients if at_random else 0
     chunks = _NOISE_BYTES * min(rounded, CHUNK_ELEMENTS)
     chunks += 4 * recipe.scratch_elements(form)

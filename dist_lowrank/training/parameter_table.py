@@ -149,7 +149,8 @@ def _dense_bytes(elements: int, config: RunConfig, parameter: Tensor) -> int:
 
 def _state_dtype(config: RunConfig, parameter: Tensor) -> torch.dtype:
     """In which state is kept where nothing else is said; torch's AdamW keeps its own in the weights' dtype."""
-    return state_dtype(parameter, getattr(config.optimizer, "state_dtype", "weights"))
+    is_torchs = isinstance(config.optimizer, AdamWConfig)
+    return state_dtype(parameter, "weights" if is_torchs else getattr(config.optimizer, "state_dtype", None))
 
 
 def _low_rank_bytes(rows: int, specs: Mapping[str, StateTensor]) -> int:
