@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dist_lowrank.exit_codes import ExitCode
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -25,7 +27,8 @@ overrides (Hydra's grammar; `dist-lowrank check` prints every key):
   model.pretrained=PATH                    start from a Hugging Face checkpoint
   +model.config.rope_theta=1e5             a field of the transformers configuration
 
-exit codes: 0 done, 1 failed, 2 refused configuration, 130 and 143 stopped by Ctrl-C and SIGTERM
+exit codes: 0 done, 1 failed, 2 refused configuration, 66 ranks differ, 67 not finite, 69 checkpoint, 75 start again
+(stopped by SIGTERM, SIGUSR1 or the time limit), 76 a rank hung, 130 Ctrl-C
 """
 
 
@@ -63,11 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.action(options)
     except ConfigError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
+        return ExitCode.CONFIGURATION
     except ModuleNotFoundError as error:
         return _missing(error)
     except KeyboardInterrupt:
-        return 130
+        return ExitCode.INTERRUPTED
     return code
 
 
@@ -162,7 +165,7 @@ def _missing(error: ModuleNotFoundError) -> int:
     if package in ("", "dist_lowrank"):
         raise error
     print(f"error: package {package} is not installed; install dist-lowrank with its extra [train]", file=sys.stderr)
-    return 1
+    return ExitCode.FAILED
 
 
 if __name__ == "__main__":

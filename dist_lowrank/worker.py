@@ -7,7 +7,6 @@ the user's own torchrun started. Ranks never compose a configuration twice: they
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import signal
@@ -17,11 +16,17 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dist_lowrank.config import ConfigError, RunConfig, RunFolder, from_dict, open_run, to_dict
+from dist_lowrank.config import ConfigError, RunConfig, RunFolder, begin_again, from_dict, open_run, to_dict
+from dist_lowrank.exit_codes import RESTARTED, ExitCode, Hang, RunFailure
+from dist_lowrank.rank_identity import compare_ranks, identity
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import Store  # type: ignore[attr-defined]
+    from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+
+# Keys in the launcher's store, which outlives restarts.
+_ENDED = "dist_lowrank/ended"  # the exit code of a group of ranks that no restart would better
+_ATTEMPT = "dist_lowrank/attempt"  # the folder of the last attempt
 
 
 def main() -> NoReturn:
@@ -37,9 +42,15 @@ def main_torchrun(overrides: Sequence[str]) -> NoReturn:
     _end_with_parent()
     _exit_quietly_on_signals()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    prepared = _prepare(overrides, world_size) if rank == 0 else None
     store = _store()
-    if prepared is not None:
+    of_all_restarts = store.underlying_store
+    if of_all_restarts.check([_ENDED]):
+        shutdown(int(of_all_restarts.get(_ENDED)), together=False)
+    if rank == 0:
+        before = of_all_restarts.get(_ATTEMPT).decode() if of_all_restarts.check([_ATTEMPT]) else None
+        prepared = _prepare(overrides, world_size, before)
+        if "attempt" in prepared:
+            of_all_restarts.set(_ATTEMPT, prepared["attempt"])
         store.set("prepared", json.dumps(prepared))
     else:
         prepared = json.loads(store.get("prepared"))
@@ -49,11 +60,11 @@ def main_torchrun(overrides: Sequence[str]) -> NoReturn:
             store.wait([f"told/{other}" for other in range(1, world_size)])  # this rank may be the host of the store
         else:
             store.set(f"told/{rank}", "")
-        shutdown(prepared["exit_code"], together=False)
+        _end(ExitCode(prepared["exit_code"]), store, together=False)
     folder = open_run(prepared["attempt"])
     if rank == 0:
         print(folder.announcement, flush=True)
-    _work(from_dict(prepared["config"]), folder, store, speaks=True)
+    _work(from_dict(prepared["config"]), folder, store, speaks=True, overrides=overrides)
 
 
 def shutdown(exit_code: int, *, together: bool) -> NoReturn:
@@ -66,69 +77,93 @@ def shutdown(exit_code: int, *, together: bool) -> NoReturn:
     if together:
         import torch.distributed as dist
 
-        dist.barrier()
-        dist.destroy_process_group()
+        try:
+            dist.barrier()
+            dist.destroy_process_group()
+        except RuntimeError:  # another rank failed after the last step, and says why
+            exit_code = exit_code or ExitCode.FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
 
 
-def compare_configurations(config: RunConfig) -> None:
-    """The first collective: all ranks must hold the same configuration.
-
-    Raises:
-        RuntimeError: on every rank, naming the ranks that differ from rank 0.
-    """
-    import torch
-    import torch.distributed as dist
-
-    own = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).digest()[:6]
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    sent = torch.tensor(list(own), dtype=torch.uint8, device=device)
-    received = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-    dist.all_gather(received, sent)
-    fingerprints = [bytes(each.tolist()).hex() for each in received]
-    different = [f"rank {rank} ({text})" for rank, text in enumerate(fingerprints) if text != fingerprints[0]]
-    if different:
-        raise RuntimeError(
-            f"the configuration of {', '.join(different)} differs from that of rank 0 ({fingerprints[0]})"
-        )
-
-
-def _prepare(overrides: Sequence[str], world_size: int) -> dict[str, Any]:
+def _prepare(overrides: Sequence[str], world_size: int, before: str | None) -> dict[str, Any]:
+    """The configuration and folder of an attempt: the next one of the same run, after a restart of the ranks."""
     try:
-        from dist_lowrank.launchers.preparation import prepare_run
+        from dist_lowrank.launchers.preparation import check_world, prepare_run
 
-        config, folder = prepare_run(overrides, world_size)
+        if before is None:
+            config, folder = prepare_run(overrides, world_size)
+        else:
+            folder = begin_again(open_run(before))
+            config = folder.config()
+            check_world(config, world_size)
     except ConfigError as error:
-        return {"error": "\n".join(f"error: {line}" for line in str(error).splitlines()), "exit_code": 2}
+        return {
+            "error": "\n".join(f"error: {line}" for line in str(error).splitlines()),
+            "exit_code": ExitCode.CONFIGURATION,
+        }
     except Exception:
-        return {"error": traceback.format_exc(), "exit_code": 1}
+        return {"error": traceback.format_exc(), "exit_code": ExitCode.FAILED}
     return {"config": to_dict(config), "attempt": str(folder.attempt_path)}
 
 
-def _work(config: RunConfig, folder: RunFolder, store: Store, *, speaks: bool) -> NoReturn:
+def _work(
+    config: RunConfig, folder: RunFolder, store: Store, *, speaks: bool, overrides: Sequence[str] = ()
+) -> NoReturn:
     """Trains and exits. An error goes to a file of the run folder, from where the launcher reads it, or is printed."""
-    rank = int(os.environ["RANK"])
-    try:
-        device = _join(config, store)
-        compare_configurations(config)
-        from dist_lowrank.training.run import train
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-        stopped_by = train(config, folder, device)
-    except Exception as error:
-        refused = isinstance(error, ConfigError)
-        text = str(error) if refused else traceback.format_exc()
+    def end_by(error: Exception) -> NoReturn:
+        code = _exit_code(error)
+        text = traceback.format_exc() if code is ExitCode.FAILED else str(error)
         path = folder.error(rank)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-        if speaks and (rank == 0 or not refused):
-            print(f"error: {'' if refused else f'rank {rank} failed: '}{text}", file=sys.stderr)
-        shutdown(2 if refused else 1, together=False)
-    shutdown(128 + stopped_by if stopped_by else 0, together=True)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        except OSError:  # the disk is full: say it anyway
+            print(f"error: rank {rank}: {text}", file=sys.stderr)
+        unexpected = code is ExitCode.FAILED
+        if speaks and (rank == 0 or unexpected or code is ExitCode.HANG):
+            print(f"error: {f'rank {rank} failed: ' if unexpected else ''}{text}", file=sys.stderr)
+            if rank == 0 and code is not ExitCode.CONFIGURATION:
+                from dist_lowrank.checkpoint.folders import newest_line
+
+                print(newest_line(folder.checkpoints), file=sys.stderr)
+        _end(code, store, together=False)
+
+    try:
+        compare_ranks(store, rank, world_size, identity(config, overrides), config.launcher.timeout_seconds)
+        device = _join(config, store)
+        from dist_lowrank.training.run import train
+        from dist_lowrank.training.watchdog import Watchdog
+
+        timeout_seconds = config.launcher.timeout_seconds
+        code = train(
+            config,
+            folder,
+            device,
+            lambda position: Watchdog(store, position, timeout_seconds, lambda text: end_by(Hang(text))),
+        )
+    except Exception as error:
+        end_by(error)
+    _end(code, store, together=True)
 
 
-def _store() -> Store:
+def _exit_code(error: Exception) -> ExitCode:
+    if isinstance(error, ConfigError):
+        return ExitCode.CONFIGURATION
+    return error.exit_code if isinstance(error, RunFailure) else ExitCode.FAILED
+
+
+def _end(code: ExitCode, store: Store, *, together: bool) -> NoReturn:
+    """Leaves; tells torchrun's next attempt if there is nothing that another attempt would cure."""
+    if code not in RESTARTED and hasattr(store, "underlying_store"):
+        store.underlying_store.set(_ENDED, str(int(code)))
+    shutdown(code, together=together)
+
+
+def _store() -> PrefixStore:
     """The launcher's key-value store. Its prefix keeps a restarted group from reading its predecessor's addresses."""
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
@@ -165,7 +200,8 @@ def _join(config: RunConfig, store: Store) -> torch.device:
         store=store,
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=timedelta(seconds=config.launcher.timeout_seconds),
+        # Longer, so that the watchdog, which names who hangs, comes first.
+        timeout=timedelta(seconds=1.5 * config.launcher.timeout_seconds + 5),
         device_id=device if kind == "cuda" else None,
     )
     return device
@@ -180,8 +216,9 @@ def _end_with_parent() -> None:
 
 def _exit_quietly_on_signals() -> None:
     """Until the training loop installs its own handlers, there is nothing to finish: just leave."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: os._exit(128 + received))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(ExitCode.INTERRUPTED))
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os._exit(ExitCode.REQUEUE))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from support_matrix import Claim, claims_of, render, with_table
 
 README = Path(__file__).parents[1] / "README.md"
+FAULTS_PAGE = Path(__file__).parents[1] / "docs" / "faults.md"
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +24,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--support-matrix", action="store_true", help="run the marked tests and write their table into the README"
+    )
+    parser.addoption(
+        "--fault-matrix", action="store_true", help="write the table of the fault matrix's tests into docs/faults.md"
     )
 
 
@@ -40,6 +44,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--support-matrix"):
         config.pluginmanager.register(SupportMatrix())
+    if config.getoption("--fault-matrix"):
+        config.pluginmanager.register(FaultMatrix())
 
 
 class SupportMatrix:
@@ -62,3 +68,21 @@ class SupportMatrix:
         shown = [claim for claims in self.claims.values() for claim in claims]
         failed = [claim for test, claims in self.claims.items() if test not in self.passed for claim in claims]
         README.write_text(with_table(README.read_text(), render(shown, failed)))
+
+
+class FaultMatrix:
+    """Collects which cells did not pass, or did not run, and writes the table at the end."""
+
+    def __init__(self) -> None:
+        self.passed: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self.passed.add(report.nodeid)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        import fault_matrix
+
+        shown = {cell for cell in fault_matrix.CELLS for test in self.passed if test.endswith(f"[{'-'.join(cell)}]")}
+        table = fault_matrix.render(set(fault_matrix.CELLS) - shown)
+        FAULTS_PAGE.write_text(fault_matrix.with_table(FAULTS_PAGE.read_text(), table))

@@ -21,6 +21,7 @@ from dist_lowrank.config import RunFolder
 from dist_lowrank.telemetry.console import Console
 from dist_lowrank.telemetry.metrics import MetricsWriter
 from dist_lowrank.training.run import Trainer
+from dist_lowrank.training.stop import StopReason
 
 Whole = dict[str, Tensor]
 
@@ -59,16 +60,16 @@ def run_to(rank: int, folder: RunFolder, stop_after: int | None = None) -> dict[
         trainer = trainer_of(folder, metrics)
         begin: Whole = {}
         resume, step = trainer.checkpoints.resume, trainer._step
-        stop: list[int] = []
+        stop: list[StopReason] = []
 
         def resume_and_look() -> int:
             done = resume()
             begin.update(whole_state(trainer))
             return done
 
-        def step_and_look(number: int, received: list[int]) -> Any:
+        def step_and_look(number: int, received: list[StopReason]) -> Any:
             if number == stop_after:
-                stop.append(2)
+                stop.append(StopReason.TERMINATE)
             torch.rand(3)  # as dropout would
             return step(number, received)
 

@@ -12,11 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from dist_lowrank.config import compose, open_run
-from dist_lowrank.worker import compare_configurations
+from dist_lowrank.config import open_run
 
 COMMAND = str(Path(sys.executable).with_name("dist-lowrank"))
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
@@ -177,27 +174,3 @@ def test_killing_the_launcher_ends_the_ranks(folder: Path) -> None:
     deadline = time.monotonic() + 10
     while _processes_in(folder) and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def _rank_with_its_own_seed(rank: int, rendezvous: str, differs: int, told: mp.SimpleQueue) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=3)
-    try:
-        compare_configurations(compose([f"seed={int(rank == differs)}"]))
-        told.put("equal")
-    except RuntimeError as error:
-        told.put(str(error))
-    dist.barrier()
-    os._exit(0)
-
-
-@pytest.mark.parametrize("differs", [2, None])
-def test_the_first_collective_names_the_rank_with_another_configuration(tmp_path: Path, differs: int | None) -> None:
-    told = mp.get_context("fork").SimpleQueue()
-    arguments = (str(tmp_path / "rendezvous"), -1 if differs is None else differs, told)
-    mp.start_processes(_rank_with_its_own_seed, arguments, nprocs=3, start_method="fork")
-    for text in (told.get() for _ in range(3)):
-        if differs is None:
-            assert text == "equal"
-        else:
-            assert "the configuration of rank 2 (" in text
-            assert "differs from that of rank 0" in text

@@ -8,11 +8,15 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from dist_lowrank.exit_codes import ExitCode, RunFailure
+
 Result = TypeVar("Result")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunFailure):
     """A checkpoint that cannot be written, read or followed. The text names the file or the key."""
+
+    exit_code = ExitCode.CHECKPOINT
 
 
 def refused(path: Path, problem: str, allowed: str = "the file as it was saved") -> CheckpointError:

@@ -54,6 +54,12 @@ def newest_good(root: Path) -> Path | None:
     return None
 
 
+def newest_line(root: Path) -> str:
+    """What to tell a user whose run has ended early. All that is committed was read back when it was saved."""
+    found = committed(root)
+    return f"newest good checkpoint {found[-1]}" if found else "no checkpoint was saved"
+
+
 def begin(root: Path, step: int) -> Path:
     """Makes the folder to write the next checkpoint in, and clears what was left of others that were not finished."""
     root.mkdir(parents=True, exist_ok=True)

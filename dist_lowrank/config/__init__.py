@@ -2,8 +2,19 @@
 
 from dist_lowrank.config.compose import compose
 from dist_lowrank.config.errors import ConfigError
-from dist_lowrank.config.run_folder import RunFolder, create, open_run
+from dist_lowrank.config.run_folder import RunFolder, begin_again, create, open_run
 from dist_lowrank.config.schema import RunConfig
 from dist_lowrank.config.validate import digest, from_dict, to_dict
 
-__all__ = ["ConfigError", "RunConfig", "RunFolder", "compose", "create", "digest", "from_dict", "open_run", "to_dict"]
+__all__ = [
+    "ConfigError",
+    "RunConfig",
+    "RunFolder",
+    "begin_again",
+    "compose",
+    "create",
+    "digest",
+    "from_dict",
+    "open_run",
+    "to_dict",
+]

@@ -9,6 +9,7 @@
             metrics/rank_00000.jsonl             the same numbers as JSON lines
             export/                              the model in Hugging Face format
             errors/rank_00000.txt                only after a failure
+            stopped.json                         why, where and with which exit code, if it was asked to stop
         checkpoints/save-0001-step-00000100/     see `dist_lowrank.checkpoint`; attempts continue from the newest
         FINISHED                                 a JSON summary; without it the next start adds attempt-2
 
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import count
 from pathlib import Path
@@ -80,6 +81,16 @@ class RunFolder:
         """The configuration of this attempt."""
         return from_dict(json.loads((self.attempt_path / "run.json").read_text())["config"])
 
+    @property
+    def stopped(self) -> dict[str, Any] | None:
+        """How this attempt was stopped before the end: `exit_code`, `reason`, `step`; None: it was not."""
+        path = self.attempt_path / "stopped.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def mark_stopped(self, how: dict[str, Any]) -> None:
+        """Notes that this attempt ended in good order before the last step. Call it on one rank."""
+        write_atomically(self.attempt_path / "stopped.json", _json(how))
+
     def mark_finished(self, summary: dict[str, Any]) -> None:
         """Marks the run as complete, so that the same command starts a fresh folder. Call it on one rank."""
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in summary.items()}
@@ -118,6 +129,17 @@ def create(config: RunConfig, overrides: Sequence[str], run: Path | None = None)
         reason = error.strerror or str(error)
         raise ConfigError(f"runs: {config.runs} is not allowed ({reason}); allowed: a folder to write in") from error
     return folder
+
+
+def begin_again(folder: RunFolder) -> RunFolder:
+    """Makes the next attempt of a run that was interrupted, to continue from the run's newest checkpoint.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    config = folder.config()
+    config = replace(config, resume=replace(config.resume, source="auto"))  # it has begun, wherever it began
+    return create(config, (folder.attempt_path / "overrides.txt").read_text().splitlines(), folder.path)
 
 
 def open_run(path: str | Path) -> RunFolder:
@@ -165,7 +187,7 @@ def _json(data: Any) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and the packages that a run's numbers depend on."""
+    """The versions of Python and of the packages that a run computes with, by name; None: not installed."""
 
     def version(package: str) -> str | None:
         try:
@@ -173,7 +195,7 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             return None
 
-    packages = ("dist-lowrank", "torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core")
+    packages = ("dist-lowrank", "torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core", "deepspeed")
     return {"python": platform.python_version()} | {package: version(package) for package in packages}
 
 

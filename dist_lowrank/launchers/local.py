@@ -14,19 +14,32 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from dist_lowrank.config import RunConfig, RunFolder
+from dist_lowrank.checkpoint.folders import newest_line
+from dist_lowrank.config import RunConfig, RunFolder, begin_again
+from dist_lowrank.exit_codes import RESTARTED, ExitCode
 from dist_lowrank.launchers.preparation import resolve_processes
 
 
 def launch(config: RunConfig, folder: RunFolder) -> int:
     """Runs `dist_lowrank.worker` in one process per GPU, or in gloo processes on a CPU, and waits for them.
 
-    After SIGINT or SIGTERM the workers end with the current step. No worker outlives this call.
+    After SIGINT, SIGTERM or SIGUSR1 the workers save and end with the current step; after a second SIGINT all end at
+    once. No worker outlives this call. After a failure that another try may cure they are started again, in a new
+    attempt, `launcher.max_restarts` times.
 
     Returns:
-        The exit code of the command: 0; 1 after a failure; 2 if a worker refused the configuration; 128 + the signal's
-        number.
+        The exit code of the command, see `ExitCode`.
     """
+    for restarts_left in range(config.launcher.max_restarts, -1, -1):
+        code = _launch_once(config, folder)
+        if code not in RESTARTED or restarts_left == 0:
+            break
+        folder = begin_again(folder)
+        print(f"restarting, {restarts_left - 1} restarts left; {folder.announcement}", flush=True)
+    return code
+
+
+def _launch_once(config: RunConfig, folder: RunFolder) -> ExitCode:
     _, processes = resolve_processes(config)
     if config.launcher.threads is not None or "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(config.launcher.threads or max(1, _cores() // processes))
@@ -43,19 +56,20 @@ def launch(config: RunConfig, folder: RunFolder) -> int:
         local_addr="localhost",  # the machine's own name need not resolve
         max_restarts=0,
         monitor_interval=0.1,
+        shutdown_timeout=config.launcher.stop_seconds,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # workers write to this console
     )
-    settings.signals_to_handle = "SIGTERM,SIGHUP,SIGQUIT"
+    settings.signals_to_handle = "SIGTERM,SIGHUP,SIGQUIT,SIGUSR1"
     signal.signal(signal.SIGINT, _interrupt)
     try:
         elastic_launch(settings, sys.executable)("-m", "dist_lowrank.worker", str(folder.attempt_path))
     except ChildFailedError as error:
         return _report(error, folder)
     except _Interrupted:
-        return 128 + signal.SIGINT
-    except SignalException as error:
-        return 128 + error.sigval
-    return 0
+        return ExitCode.INTERRUPTED
+    except SignalException:
+        return _how_stopped(folder)
+    return ExitCode.FINISHED
 
 
 class _Interrupted(SignalException):
@@ -63,6 +77,7 @@ class _Interrupted(SignalException):
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(ExitCode.INTERRUPTED))  # Linux then kills the workers
     raise _Interrupted("interrupted", signal.SIGTERM)
 
 
@@ -71,15 +86,23 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _report(error: ChildFailedError, folder: RunFolder) -> int:
-    """Prints what went wrong first, and only that: the other ranks fail because of it."""
+def _how_stopped(folder: RunFolder) -> ExitCode:
+    """After a request to stop: what rank 0 noted; or, if it did not come to that, what is true in any case."""
+    if folder.is_finished:
+        return ExitCode.FINISHED
+    return ExitCode(folder.stopped["exit_code"]) if folder.stopped else ExitCode.REQUEUE
+
+
+def _report(error: ChildFailedError, folder: RunFolder) -> ExitCode:
+    """Prints what went wrong first, and only that: the other ranks fail because of it. Returns its exit code."""
+    stopped = (-signal.SIGTERM, ExitCode.REQUEUE, ExitCode.INTERRUPTED, ExitCode.TERMINATED)
     found: list[tuple[float, int, str]] = []
     for rank, failure in error.failures.items():
         path = folder.error(rank)
         if path.exists():
             found.append((path.stat().st_mtime, rank, path.read_text()))
-        elif failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT):
-            continue  # asked to stop, by the launcher or by someone else
+        elif failure.exitcode in stopped:
+            continue  # by this launcher, because of another rank, or by someone else
         elif failure.exitcode >= 0:
             found.append((failure.timestamp, rank, f"ended with exit code {failure.exitcode}"))
         else:
@@ -87,10 +110,14 @@ def _report(error: ChildFailedError, folder: RunFolder) -> int:
             # Seen by polling, in whole seconds, so maybe noted after the others' complaints about the lost peer.
             found.append((failure.timestamp - 1, rank, f"was killed by {signal.Signals(-failure.exitcode).name}{hint}"))
     if not found:
-        return 128 + signal.SIGTERM
+        return _how_stopped(folder)
     _, rank, text = min(found)
-    if error.failures[rank].exitcode == 2:
+    code = error.failures[rank].exitcode
+    if code in set(ExitCode) - {ExitCode.FAILED}:
         print("".join(f"error: {line}\n" for line in text.splitlines()), end="", file=sys.stderr)
-        return 2
-    print(f"error: rank {rank} of {folder.attempt_path} failed: {text.rstrip()}", file=sys.stderr)
-    return 1
+    else:
+        code = ExitCode.FAILED
+        print(f"error: rank {rank} of {folder.attempt_path} failed: {text.rstrip()}", file=sys.stderr)
+    if code != ExitCode.CONFIGURATION:
+        print(newest_line(folder.checkpoints), file=sys.stderr)
+    return ExitCode(code)

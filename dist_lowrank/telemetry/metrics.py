@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -26,7 +28,8 @@ class MetricsWriter:
     and equals the event's wall time. JSON holds Python's full precision, events hold the nearest float32, which is
     what a TensorBoard scalar is. JSON has no number for values that are not finite, so they are written as the strings
     `"NaN"`, `"Infinity"` and `"-Infinity"`, which `float()` reads back; events hold the value itself. Both files are
-    flushed at each entry, so that a process that dies loses nothing that it logged.
+    flushed at each entry, so that a process that dies loses nothing that it logged. A file that can no longer be
+    written, as on a full disk, is told of once; the run goes on without it.
 
     Args:
         jsonl_path: The JSON-lines file. Lines are appended, so a restarted run continues it. Its folder is made.
@@ -35,8 +38,10 @@ class MetricsWriter:
 
     def __init__(self, jsonl_path: Path, tensorboard_path: Path | None) -> None:
         jsonl_path.parent.mkdir(parents=True, exist_ok=True)
-        self._lines = jsonl_path.open("a", encoding="utf-8")
+        self._path = jsonl_path
+        self._lines: TextIO | None = jsonl_path.open("a", encoding="utf-8")
         self._events: SummaryWriter | None = None
+        self._closed = False
         if tensorboard_path is not None:
             from torch.utils.tensorboard import SummaryWriter  # runs without TensorBoard do not need it installed
 
@@ -59,27 +64,56 @@ class MetricsWriter:
                     f"metric tag {tag!r}: must be letters, digits, '_', '-' and '.' in parts separated by '/', "
                     f"and not one of {', '.join(_RESERVED)}"
                 )
+        if self._closed:
+            raise ValueError(f"{self._path}: is closed")
         now_seconds = time.time()
         entry = {"step": step, "time": now_seconds, **{tag: _json_number(value) for tag, value in values.items()}}
-        self._lines.write(json.dumps(entry, allow_nan=False) + "\n")
-        self._lines.flush()
+        if self._lines is not None:
+            try:
+                self._lines.write(json.dumps(entry, allow_nan=False) + "\n")
+                self._lines.flush()
+            except OSError as error:
+                self._give_up_lines(error)
         if self._events is not None:
-            for tag, value in values.items():
-                self._events.add_scalar(tag, float(value), step, walltime=now_seconds)
-            self._events.flush()
+            try:
+                for tag, value in values.items():
+                    self._events.add_scalar(tag, float(value), step, walltime=now_seconds)
+                self._events.flush()
+            except OSError as error:
+                self._give_up_events(error)
 
     def text(self, tag: str, text: str) -> None:
         """Shows Markdown text, such as the resolved configuration, in TensorBoard. JSON lines hold numbers only."""
         if self._events is not None:
-            self._events.add_text(tag, text)
-            self._events.flush()
+            try:
+                self._events.add_text(tag, text)
+                self._events.flush()
+            except OSError as error:
+                self._give_up_events(error)
 
     def close(self) -> None:
         """Closes both files. Closing again does nothing."""
-        self._lines.close()
+        self._closed = True
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
         if self._events is not None:
-            self._events.close()
-            self._events = None
+            try:
+                self._events.close()
+                self._events = None
+            except OSError as error:
+                self._give_up_events(error)
+
+    def _give_up_lines(self, error: OSError) -> None:
+        print(f"{self._path}: {error.strerror}; the run goes on without these lines", file=sys.stderr, flush=True)
+        assert self._lines is not None
+        lines, self._lines = self._lines, None
+        with contextlib.suppress(OSError):
+            lines.close()  # tries again to write what is left
+
+    def _give_up_events(self, error: OSError) -> None:
+        print(f"TensorBoard events: {error.strerror}; the run goes on without them", file=sys.stderr, flush=True)
+        self._events = None
 
     def __enter__(self) -> MetricsWriter:
         return self

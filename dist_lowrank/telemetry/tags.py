@@ -6,6 +6,7 @@ The names are stable: scripts that read runs depend on them.
 from __future__ import annotations
 
 LOSS_TRAIN = "loss/train"  # nats per token, mean over the step's tokens of all ranks
+LOSS_SPIKE = "loss/spike"  # the train loss, only at steps where it lies far above the last steps' median
 LOSS_VALIDATION = "loss/validation"  # nats per token, weighted by tokens, over the held-out part
 PERPLEXITY_VALIDATION = "perplexity/validation"  # exp(loss/validation)
 LEARNING_RATE = "learning_rate"  # of the first parameter group, in this step

@@ -21,6 +21,7 @@ from dist_lowrank.checkpoint.manifest import FORMAT, Checkpoint
 from dist_lowrank.checkpoint.random_state import random_state
 from dist_lowrank.checkpoint.restore import check_can_follow, load
 from dist_lowrank.checkpoint.saver import Saved
+from dist_lowrank.checkpoint.shards import Shard
 from dist_lowrank.checkpoint.state import TrainingState
 from dist_lowrank.config import ConfigError, RunConfig, RunFolder, digest, to_dict
 from dist_lowrank.config.run_folder import versions
@@ -92,13 +93,23 @@ class Checkpoints:
         if step != self._saved_step:
             began = time.monotonic()
             self._wait()
+            self._last_seconds = time.monotonic()
+            shards = self.state.to_save()
+            if not all(together(self.saver.group, lambda: all_finite(shards))):
+                self._problem = f"step {step}: no checkpoint was saved: weights or optimizer state are not finite"
+                self.console.line(self._problem)
+                return
             self._saved_step = step
             positions = together(self.saver.group, self.data.state_dict)
             sidecar = self._sidecar(step, positions)
-            self.saver.save(self.state.to_save(), random_state(self.device), sidecar, began=began)
+            self.saver.save(shards, random_state(self.device), sidecar, began=began)
             self._last_seconds = time.monotonic()
         if wait:
             self._wait()
+
+    def is_saved(self, step: int) -> bool:
+        """Whether the state after this step is in a checkpoint; call it after `close`."""
+        return self._saved_step == step and self._problem is None
 
     def close(self) -> None:
         """Waits until what is being saved is saved."""
@@ -232,6 +243,12 @@ class Checkpoints:
             value = saved.get(name)
             if isinstance(value, int | float):
                 setattr(self.progress, name, value)
+
+
+def all_finite(shards: Mapping[str, Shard]) -> bool:
+    """Whether what this rank holds may be continued from."""
+    tensors = [shard.tensor for shard in shards.values() if shard.tensor.is_floating_point()]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _finite(value: float) -> float | None:

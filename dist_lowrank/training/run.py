@@ -3,57 +3,79 @@
 from __future__ import annotations
 
 import math
-import signal
+import random
 import statistics
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 
+from dist_lowrank.checkpoint.folders import newest_line
 from dist_lowrank.config import ConfigError, RunConfig, RunFolder
+from dist_lowrank.exit_codes import ExitCode, NotFinite
 from dist_lowrank.telemetry import tags
 from dist_lowrank.telemetry.console import Console, quantity
 from dist_lowrank.telemetry.metrics import MetricsWriter
 from dist_lowrank.telemetry.throughput import StepTimer, model_flops_per_token, peak_flops_per_second
 from dist_lowrank.training.checkpoints import Checkpoints, Progress
 from dist_lowrank.training.data import load_data
-from dist_lowrank.training.evaluate import evaluate, next_token_loss
+from dist_lowrank.training.evaluate import evaluate, next_token_loss, target_count
 from dist_lowrank.training.export import export_model, sample_text
 from dist_lowrank.training.model import blocks, build_model, data_with_tokenizer, family, route
+from dist_lowrank.training.numerics import LossSpikes, SkippedInARow, check_not_mostly_skipped
 from dist_lowrank.training.optimizers import make_schedule
+from dist_lowrank.training.position import Position
+from dist_lowrank.training.stop import StopReason, seconds_since_launch, stop_requests
 from dist_lowrank.training.strategy import make_strategy
 
 
-def train(config: RunConfig, folder: RunFolder, device: torch.device) -> int:
-    """Trains to the end, or to a signal. Collective over the default process group, on every rank.
+def train(
+    config: RunConfig,
+    folder: RunFolder,
+    device: torch.device,
+    watch: Callable[[Position], AbstractContextManager[object]] | None = None,
+) -> ExitCode:
+    """Trains to the end, or until someone or the clock asks it to stop. Collective over the default process group.
+
+    Args:
+        watch: makes what is entered while steps are made, such as a watchdog.
 
     Returns:
-        0, or the number of the signal (SIGINT, SIGTERM) that ended training after a step, with everything written.
+        How it ended: finished, or stopped after a step with everything written.
 
     Raises:
         ConfigError: what cannot be built from this configuration.
+        NotFinite: loss or gradients were not finite too often.
     """
     torch.manual_seed(config.seed)
+    random.seed(config.seed)  # of other libraries, so that a run that starts again before it saved is the same
+    numpy.random.seed(config.seed % 2**32)
     torch.use_deterministic_algorithms(config.train.deterministic)
     rank = dist.get_rank()
     tensorboard = folder.tensorboard(rank) if config.telemetry.tensorboard else None
     console = Console(enabled=rank == 0, interval=config.telemetry.console_interval)
-    with stop_on_signals() as stop, console, MetricsWriter(folder.metrics(rank), tensorboard) as metrics:
-        return Trainer(config, folder, device, console, metrics).run(stop)
+    requests = stop_requests(_seconds_until_limit(config))
+    with requests as stop, console, MetricsWriter(folder.metrics(rank), tensorboard) as metrics:
+        trainer = Trainer(config, folder, device, console, metrics)
+        return trainer.run(stop, watch(trainer.position) if watch else nullcontext())
 
 
-@contextmanager
-def stop_on_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM append themselves to, for the loop to look at between steps."""
-    received: list[int] = []
-    previous = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _seconds_until_limit(config: RunConfig) -> float | None:
+    if config.train.time_limit_minutes is None:
+        return None
+    return 60 * (config.train.time_limit_minutes - config.train.time_limit_lead_minutes) - seconds_since_launch()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What any rank wants after a step, the same on all ranks but for the name of the reason."""
+
+    stop: StopReason | None
+    save: bool
 
 
 class Trainer:
@@ -79,7 +101,7 @@ class Trainer:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self.model_configuration = model.config
         self.flops_per_token = model_flops_per_token(model, config.data.sequence_length)
-        self._announce(model, route(model, config.model))
+        self._announce(model, route(model, config))
         if config.model.compile:
             for block in blocks(model):
                 block.compile()
@@ -88,10 +110,12 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, config.schedule, config.train.steps)
         self.timer = StepTimer(device)
         self._time_optimizer()
+        self.position = Position()
+        self.skipped_in_a_row = SkippedInARow(config.train.max_skipped_steps)
+        self.spikes = LossSpikes()
         self.progress = Progress()
-        state = self.strategy.state()
         self.checkpoints = Checkpoints(
-            config, folder, state, self.schedule, self.data.train, device, console, self.progress
+            config, folder, self.strategy.state(), self.schedule, self.data.train, device, console, self.progress
         )
 
     def _time_optimizer(self) -> None:
@@ -111,7 +135,8 @@ class Trainer:
         if self.data.unigram_loss is not None:
             self.console.line(f"unigram model: validation loss {self.data.unigram_loss:.4f}")
 
-    def run(self, stop: list[int]) -> int:
+    def run(self, stop: list[StopReason], watch: AbstractContextManager[object] | None = None) -> ExitCode:
+        """Trains from where it is; see `train`."""
         steps = self.config.train.steps
         self.console.start(steps)
         self.metrics.text("run/parameters", "\n".join(f"    {name}: {shape}" for name, shape in self.shapes.items()))
@@ -120,65 +145,104 @@ class Trainer:
             self._evaluate(0)
             self.progress.first_validation_loss = self.progress.validation_loss
         self.timer = StepTimer(self.device)
-        stopped, step = 0, done
-        for step in range(done + 1, steps + 1):
-            stopped, by_clock = self._step(step, stop)
-            last = step == steps or bool(stopped)
-            if step % self.config.train.eval_interval == 0 or last:
-                self._evaluate(step)
-            if self.checkpoints.is_due(step, by_clock=by_clock, last=last):
-                with self.timer.paused():
-                    self.checkpoints.save(step)
-            if stopped:
-                break
+        with watch or nullcontext():
+            for step in range(done + 1, steps + 1):
+                try:
+                    asked = self._step(step, stop)
+                except NotFinite:  # on all ranks
+                    self.checkpoints.close()
+                    raise
+                last = step == steps
+                if asked.stop and not last:
+                    return self._stop(step, asked.stop)
+                if step % self.config.train.eval_interval == 0 or last:
+                    self._evaluate(step)
+                if self.checkpoints.is_due(step, by_clock=asked.save, last=last):
+                    self._save(step)
+            self.checkpoints.close()
+        self.console.close()
+        check_not_mostly_skipped(self.progress.skipped_steps, steps)
+        self._finish(steps)
+        return ExitCode.FINISHED
+
+    def _save(self, step: int) -> None:
+        self.position.enter("save", step)
+        with self.timer.paused():
+            self.checkpoints.save(step)
+
+    def _stop(self, step: int, reason: StopReason) -> ExitCode:
+        """Ends an unfinished run in good order."""
+        if self.config.checkpoint.at_end:
+            self._save(step)
         self.checkpoints.close()
         self.console.close()
-        if stopped:
-            self.console.line(f"stopped after step {step}; run folder {self.folder.attempt_path}")
-        else:
-            self._finish(step)
-        return stopped
+        code = ExitCode.REQUEUE if self.checkpoints.is_saved(step) else ExitCode.TERMINATED
+        if reason is StopReason.INTERRUPT:
+            code = ExitCode.INTERRUPTED
+        if dist.get_rank() == 0:
+            self.folder.mark_stopped({"exit_code": code, "reason": reason.value, "step": step})
+        self.console.line(f"stopped after step {step} by {reason.value}; run folder {self.folder.attempt_path}")
+        self.console.line(newest_line(self.folder.checkpoints))
+        return code
 
-    def _step(self, step: int, stop: list[int]) -> tuple[int, bool]:
-        """One optimizer step.
-
-        Returns:
-            The number of a signal that any rank has received, or 0, and whether the clock of any says to save.
-        """
+    def _step(self, step: int, stop: list[StopReason]) -> _Asked:
+        """One optimizer step."""
         config = self.config
-        loss = self._forward_backward()
+        loss = self._forward_backward(step)
         norm = self.strategy.prepare()
+        self.position.enter("step")
         # One sum tells all ranks the same: the mean loss, whether anything is not finite, whether to stop or to save.
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        signalled = torch.tensor(float(bool(stop)), device=self.device)
-        to_save = torch.tensor(float(self.checkpoints.due_by_clock), device=self.device)
-        vote = torch.stack([loss.double(), bad.double(), signalled.double(), to_save.double()])
+        flags = [StopReason.INTERRUPT in stop, bool(stop), self.checkpoints.due_by_clock]
+        asked = torch.tensor(flags, dtype=torch.float64, device=self.device)
+        vote = torch.cat([torch.stack([loss.double(), bad.double()]), asked])
         dist.all_reduce(vote)
-        mean_loss, bad_ranks, stopping, saving = vote.tolist()
+        mean_loss, bad_ranks, interrupts, requests, saving = vote.tolist()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         due = step % config.telemetry.log_interval == 0 or step == config.train.steps
         memory = self.strategy.memory() if due else {}
-        if not self.strategy.step(skip=bool(bad_ranks)):
+        updated = self.strategy.step(skip=bool(bad_ranks))
+        if not updated:
             self.progress.skipped_steps += 1
             self.console.line(f"step {step}: loss or gradient is not finite; update skipped")
+        self._flag_spike(step, mean_loss / self.world_size)
+        self.skipped_in_a_row.note(step, not updated)
         self.schedule.step()  # also after a skipped update: the schedule follows the data
         self.timer.end_step(config.train.global_batch_size * config.data.sequence_length)
         if due:
             self._log(step, mean_loss / self.world_size, learning_rate, memory)
-        return ((stop[0] if stop else int(signal.SIGTERM)) if stopping else 0), bool(saving)
+        reason = (stop[0] if stop else StopReason.OTHER_RANK) if requests else None
+        return _Asked(StopReason.INTERRUPT if interrupts else reason, bool(saving))
 
-    def _forward_backward(self) -> torch.Tensor:
+    def _flag_spike(self, step: int, loss: float) -> None:
+        median = self.spikes.median_if_spike(loss)
+        if median is not None:
+            self.metrics.log(step, {tags.LOSS_SPIKE: loss})
+            self.console.line(f"step {step}: loss {loss:.4f} is a spike, the median of the last steps is {median:.4f}")
+
+    def _forward_backward(self, step: int) -> torch.Tensor:
         """Accumulates the gradient of this rank's part of the batch; returns its mean loss, (), nats per token."""
         batches = self.data.train.next_batch()
-        samples = sum(len(batch) for batch in batches)
+        targets = self._targets_per_rank(batches)
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
-            batch = batch.to(self.device, non_blocking=True)
+            share, batch = target_count(batch) / targets, batch.to(self.device, non_blocking=True)
+            self.position.enter("forward", step)
             with self.strategy.forward():
-                loss = next_token_loss(self.strategy.model, batch) * (len(batch) / samples)
+                loss = next_token_loss(self.strategy.model, batch) * share
+            self.position.enter("backward")
             self.strategy.backward(loss, last=index == len(batches) - 1)
             total = total + loss.detach()
         return total
+
+    def _targets_per_rank(self, batches: list[torch.Tensor]) -> float:
+        """Mean number of targets of a rank in this step, so that every token of the global batch counts alike."""
+        own = sum(map(target_count, batches))
+        if getattr(self.config.data, "packing", True):
+            return own  # the same everywhere
+        total = torch.tensor(own, device=self.device)
+        dist.all_reduce(total)
+        return int(total) / self.world_size
 
     def _log(self, step: int, loss: float, learning_rate: float, memory: dict[str, int]) -> None:
         times = self.timer.read()
@@ -218,6 +282,7 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         config = self.config
+        self.position.enter("evaluate", step)
         with self.timer.paused():
             self.progress.validation_loss = loss = evaluate(
                 self.strategy.model,
@@ -225,11 +290,16 @@ class Trainer:
                 limit=config.train.eval_sequences,
                 micro_batch_size=config.train.micro_batch_size,
                 device=self.device,
-                context=self.strategy.forward,
+                context=self._evaluation_forward,
+                legacy_counter=config.train.eval_legacy_counter,
             )
         perplexity = math.exp(min(loss, 700.0))
         self.metrics.log(step, {tags.LOSS_VALIDATION: loss, tags.PERPLEXITY_VALIDATION: perplexity})
         self.console.validation(step, loss, perplexity)
+
+    def _evaluation_forward(self) -> Any:
+        self.position.enter("evaluate")  # each forward pass is progress
+        return self.strategy.forward()
 
     def _finish(self, step: int) -> None:
         config, line = self.config, self.console.line
