@@ -73,7 +73,13 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any, dict[str, Any], float]] = {
         FAMILY | {"alpha": 0.25, "transition": "move"},
         1e-10,
     ),
-    "fira": (Fira, FAMILY, SharedFira, FAMILY | {"alpha": 0.25, "corrected_eps": False, "inside": 0.0}, 1e-10),
+    "fira": (
+        Fira,
+        FAMILY,
+        SharedFira,
+        FAMILY | {"alpha": 0.25, "corrected_eps": False, "inside": 0.0, "transition": "move"},
+        1e-10,
+    ),
     "frugal": (Frugal, FAMILY, SharedFrugal, FAMILY | {"transition": "reset", "kappa": 1.0}, 1e-10),
 }
 
