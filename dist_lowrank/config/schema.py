@@ -410,8 +410,8 @@ class ResumeConfig:
     def _weights_are_of_something(self) -> ResumeConfig:
         if self.weights_only and not self.starts_elsewhere:
             raise ValueError(
-                f"weights_only: true is not allowed with resume={self.source}; allowed: with the path of a checkpoint or "
-                "of a run"
+                f"weights_only: true is not allowed with resume={self.source}; allowed: with the path of a checkpoint "
+                "or of a run"
             )
         return self
 
