@@ -28,6 +28,15 @@ BROAD: dict[str, list[str]] = {
         f"fsdp-{o}": ["strategy=fsdp", f"optimizer={o}", "optimizer.refresh_interval=4"]
         for o in ("galore", "fira", "frugal", "ldadam", "apollo", "golore")
     },
+    **{
+        f"{s}-shared": [f"strategy={s}", "optimizer.dictionary=shared", "optimizer.dictionary_interval=4"]
+        for s in ("ddp", "fsdp", "zero2", "zero3")
+    },
+    **{
+        f"{s}-{o}": [f"strategy={s}", f"optimizer={o}"]
+        for s in ("fsdp", "zero2")
+        for o in ("adafactor", "adamw8bit", "came", "scale", "smmf", "subtrack", "grass")
+    },
     "fsdp-bf16-weights": ["strategy=fsdp", "precision=bf16_weights", "optimizer.weight_rounding=stochastic"],
 }
 

@@ -459,11 +459,24 @@ class CheckpointConfig:
 class ResumeConfig:
     """Where a run starts; `resume=VALUE` is short for `resume.source=VALUE`."""
 
-    source: str = (
-        "auto"  # auto: this run's newest checkpoint; none: a fresh run; or a checkpoint, or a run that has some
-    )
-    weights_only: bool = False  # start at step 0 with these weights; of another optimizer, say
+    # auto: an unfinished run of this configuration continues; none: a fresh run, with a folder of its own; or the path
+    # of a checkpoint, or of a run that has some: a run of its own too, which starts there and continues itself later.
+    source: str = "auto"
+    weights_only: bool = False  # start at step 0 with the weights of `source`; of another optimizer, say
     fallback: bool = False  # if the newest checkpoint is damaged, take the newest good one
+
+    @property
+    def starts_elsewhere(self) -> bool:
+        return self.source not in ("auto", "none")
+
+    @model_validator(mode="after")
+    def _weights_are_of_something(self) -> ResumeConfig:
+        if self.weights_only and not self.starts_elsewhere:
+            raise ValueError(
+                f"weights_only: true is not allowed with resume={self.source}; allowed: with the path of a checkpoint "
+                "or of a run"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=_CONFIG)

@@ -42,8 +42,6 @@ def prepare_resume(run: str, overrides: Sequence[str]) -> tuple[RunConfig, RunFo
     before = (last.attempt_path / "overrides.txt").read_text().splitlines()
     given = {each.partition("=")[0].lstrip("+") for each in overrides}
     kept = [each for each in before if each.partition("=")[0].lstrip("+") not in given]
-    if not (last.config().resume.weights_only or "resume" in given):
-        kept = [each for each in kept if each.partition("=")[0].lstrip("+") not in ("resume", "resume.source")]
     config = compose([*kept, *overrides])
     if digest(config) != digest(last.config()):
         raise ConfigError(
@@ -66,7 +64,7 @@ def _check(config: RunConfig, world_size: int | None) -> None:
     from dist_lowrank.training.parameter_table import parameter_table  # slow: imports transformers
 
     parameter_table(config, world_size)  # for its checks: names match, layouts are supported
-    if config.resume.source not in ("auto", "none"):
+    if config.resume.starts_elsewhere:
         _check_source(config)
 
 

@@ -167,6 +167,10 @@ class ZeroState:
                     shape, first = (layout.form.rows, tensor.shape[1]), range(layout.start, layout.stop)[layout.owned]
                     owned = Shard(tensor[layout.owned], shape, (first.start, 0))
                     yield name, owned, Shard(tensor, shape, (layout.start, 0))
+                role = matrix.role  # whose dictionary may be kept with this matrix
+                if role is not None and role.is_kept_with(flat.tensor, prefix):
+                    for key in (role.key, role.step_key):
+                        yield f"optimizer.{key}", shard_of(state[key]), shard_of(state[key])
             for dense in bound.dense:
                 step = shard_of(state[f"{dense.piece.prefix}step"])
                 yield f"optimizer.{dense.piece.prefix}step", step, step

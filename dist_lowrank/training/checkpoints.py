@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -179,18 +178,11 @@ class Checkpoints:
         return found[0]
 
     def _look(self) -> list[tuple[Path, bool]]:
-        settings = self.config.resume
         own = [(path, False) for path in reversed(committed(self.folder.checkpoints))]
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        if settings.source == "none":
-            return own if restarted else []
-        if settings.source == "auto":
+        settings = self.config.resume
+        if own or not settings.starts_elsewhere:
             return own
-        path = Path(settings.source)
-        inside = self.folder.checkpoints.resolve() in path.resolve().parents
-        if own and (restarted or settings.weights_only or not inside):
-            return own  # the source says where a run starts that has saved nothing yet
-        return [(each, settings.weights_only) for each in checkpoints_at(path)]
+        return [(path, settings.weights_only) for path in checkpoints_at(Path(settings.source))]
 
     def _continue(self, path: Path, weights_only: bool) -> int:
         checkpoint = together(self.saver.group, lambda: open_checkpoint(path))[0]
