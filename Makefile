@@ -29,8 +29,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 train: setup
 	$(BIN)/dist-lowrank train $(ARGS)
 
+# Two files at a time: many tests wait for processes that start.
 test: setup
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 # Also what takes long: the full flake hunt and other slow checks; and DeepSpeed in its newest version.
 test-all: setup test-newest

@@ -250,6 +250,19 @@ class Dictionary:
             yield part, self._formula.atoms(indices[part])
 
 
+class LearnedDictionary(Dictionary):
+    """A dictionary that follows no formula.
+
+    Args:
+        atoms: `D^T`, (n, n): its rows are the candidates. Not copied.
+    """
+
+    def __init__(self, atoms: Tensor) -> None:
+        self.name, self.n, self.dtype = "shared", len(atoms), atoms.dtype
+        self._atoms, self._formula, self._fast = atoms, None, None
+        self.atoms = atoms
+
+
 class DictionaryCache:
     """The dictionaries that one optimizer uses: one per distinct set of options, shared by all matrices."""
 

@@ -46,6 +46,7 @@ class ReferenceProjected:
         corrected_eps: bool = True,
         decay_last: bool = False,
         square_left: bool = False,
+        offset: int = 0,
         **own: Any,
     ) -> None:
         self.weight = weight.detach().double().clone()
@@ -59,7 +60,7 @@ class ReferenceProjected:
         self.norm = 0.0
         self.__dict__ |= {"lr": lr, "betas": betas, "eps": eps, "T": refresh_interval, "basis": basis, "alpha": alpha}
         self.__dict__ |= {"weight_decay": weight_decay, "transition": transition, "corrected_eps": corrected_eps}
-        self.__dict__ |= {"decay_last": decay_last, **own}
+        self.__dict__ |= {"decay_last": decay_last, "offset": offset, **own}
 
     def choose(self, tall: Tensor) -> Tensor:
         if callable(self.basis):
@@ -72,7 +73,7 @@ class ReferenceProjected:
     def step(self, gradient: Tensor) -> None:
         self.t += 1
         tall = gradient.double() if self.right else gradient.double().T
-        if (self.t - 1) % self.T == 0:
+        if self.t == 1 or (self.t - 1 - self.offset) % self.T == 0:
             old, self.P = self.P, self.choose(tall)
             self.carry(old.T @ self.P)
         self.since += 1
@@ -165,3 +166,50 @@ class ReferenceLDAdam(ReferenceProjected):
         psi = (self.m / (1 - b1**self.t)) / ((self.v / (1 - b2**self.t)).sqrt() + self.eps)
         update = psi @ self.P.T
         self.weight = (1 - self.lr * self.weight_decay) * self.weight - self.lr * (update if self.right else update.T)
+
+
+class ReferenceSubTrack(ReferenceFira):
+    """arXiv 2502.01586, in the notation of the paper: S (n x r), G (n x l)."""
+
+    def choose(self, tall: Tensor) -> Tensor:
+        if self.t == 1:
+            return super().choose(tall)
+        S, G = self.P, tall.T
+        A = torch.linalg.lstsq(S, G).solution
+        D = -2 * (G - S @ A) @ A.T
+        U, sigma, Vh = torch.linalg.svd(D)
+        u, v, angle = U[:, :1], Vh[:1].T, sigma[0] * self.eta
+        turned = (S @ v) * torch.cos(angle) - u * torch.sin(angle)
+        return turned @ v.T + S @ (torch.eye(self.r, dtype=S.dtype) - v @ v.T)
+
+    def carry(self, rotation: Tensor) -> None:
+        k = self.t - 1
+        if k == 0:
+            return
+        b1, b2 = self.betas
+        mean, square, moved = self.m / (1 - b1**k), self.v / (1 - b2**k), self.m @ rotation
+        variance = (square - mean**2) @ rotation**2
+        self.v = (1 - b2**k) * (variance + (moved / (1 - b1**k)) ** 2).abs()
+        self.m = moved
+
+
+class ReferenceGrass(ReferenceProjected):
+    """arXiv 2406.17660 with top-r: every selected row has an Adam of its own, which starts when it is selected."""
+
+    def step(self, gradient: Tensor) -> None:
+        self.t += 1
+        rows, weight = (each.double().T if self.right else each.double() for each in (gradient, self.weight))
+        if self.t == 1:
+            self.adams: dict[int, tuple[Tensor, Tensor, int]] = {}
+        if (self.t - 1) % self.T == 0:
+            chosen = sorted(range(len(rows)), key=lambda i: -float(rows[i].norm()))[: self.r]
+            fresh = (torch.zeros_like(rows[0]), torch.zeros_like(rows[0]), 0)
+            kept = self.adams if self.transition == "move" else {}
+            self.adams = {i: kept.get(i, fresh) for i in chosen}
+        weight = (1 - self.lr * self.weight_decay) * weight
+        b1, b2 = self.betas
+        for i, (m, v, age) in self.adams.items():
+            m, v, age = b1 * m + (1 - b1) * rows[i], b2 * v + (1 - b2) * rows[i] ** 2, age + 1
+            self.adams[i] = m, v, age
+            weight[i] -= self.lr * self.alpha * (m / (1 - b1**age)) / ((v / (1 - b2**age)).sqrt() + self.eps)
+        self.weight = weight.T if self.right else weight

@@ -123,6 +123,7 @@ class _ReferenceMatrix:
         self.D = dictionary if isinstance(dictionary, Tensor) else dense_dictionary(dictionary, self.n)  # (n, n)
         self.ranking = ranking
         self.indices: list[int] = []
+        self.basis = torch.zeros(self.n, self.r, dtype=torch.float64)  # the columns of D at `indices`
         self.t = 0
 
     def tall(self, matrix: Tensor) -> Tensor:
@@ -175,14 +176,15 @@ class ReferenceDCTAdamW(_ReferenceMatrix):
         A = self.tall(gradient.double() + self.error)  # (L, n)
         returned = torch.zeros_like(A)
         if self.t == 1 or self.t % self.refresh_interval == 0:
-            previous = self.indices
+            previous = self.basis
             self.indices = select(A @ self.D, self.r, self.ranking)
+            self.basis = self.D[:, self.indices]
             if self.t > 1:
-                before = self.m @ self.D[:, previous].T
+                before = self.m @ previous.T
                 self._carry_moments(previous)
                 if self.error_feedback_momentum:  # LDAdam's generalised error feedback (arXiv 2410.16103)
-                    returned = b1 / (1 - b1) * (before - self.m @ self.D[:, self.indices].T)
-        basis = self.D[:, self.indices]  # (n, r)
+                    returned = b1 / (1 - b1) * (before - self.m @ self.basis.T)
+        basis = self.basis
         a = A @ basis  # (L, r)
         if self.error_feedback != "none":
             self.error = self.untall(self._as_stored(A - a @ basis.T + returned))
@@ -202,11 +204,11 @@ class ReferenceDCTAdamW(_ReferenceMatrix):
             return (error @ self.D).bfloat16().double() @ self.D.T
         return error
 
-    def _carry_moments(self, previous: list[int]) -> None:
+    def _carry_moments(self, previous: Tensor) -> None:
         if self.transition == "move":
-            rotation = self.D[:, previous].T @ self.D[:, self.indices]  # (r, r)
+            rotation = previous.T @ self.basis  # (r, r); of one dictionary, zeros and ones
             self.m = self.m @ rotation
-            self.v = (self.v @ rotation).abs()
+            self.v = self.v @ rotation**2
             self.age = (self.age @ rotation).round()
         elif self.transition == "reset":
             self.m, self.v, self.age = (torch.zeros_like(x) for x in (self.m, self.v, self.age))

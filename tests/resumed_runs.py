@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed_runs import set_environment
@@ -26,6 +28,8 @@ Whole = dict[str, Tensor]
 
 def trainer_of(folder: RunFolder, metrics: MetricsWriter) -> Trainer:
     set_environment()
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
     return Trainer(folder.config(), folder, torch.device("cpu"), Console(enabled=False), metrics)
 
@@ -83,9 +87,9 @@ def run_to(rank: int, folder: RunFolder, stop_after: int | None = None) -> dict[
     return {"begin": begin, "end": end, "losses": losses, "skipped": trainer.progress.skipped_steps}
 
 
-def run_twice(rank: int, unbroken: RunFolder, first: RunFolder, second: RunFolder, stop_after: int) -> list[Any]:
-    """An unbroken run, and one that is stopped and continued."""
-    return [run_to(rank, unbroken), run_to(rank, first, stop_after), run_to(rank, second)]
+def run_each(rank: int, attempts: Sequence[tuple[RunFolder, int | None]]) -> list[Any]:
+    """One after the other in the same processes: a folder, and where it is stopped."""
+    return [run_to(rank, folder, stop_after) for folder, stop_after in attempts]
 
 
 def folders_of(overrides: Sequence[str], runs: Path, count: int) -> list[RunFolder]:

@@ -18,7 +18,11 @@ from typing import Any
 
 import pytest
 
-OPTIMIZERS = ("DCTAdamW", "Trion", "GaLore", "GoLore", "Fira", "Frugal", "Apollo", "LDAdam")
+OPTIMIZERS = (
+    *("DCTAdamW", "Trion", "GaLore", "GoLore", "Fira", "Frugal", "Apollo", "LDAdam", "SubTrack", "Grass"),
+    *("Muon", "Dion", "Dion3"),
+    *("SCALE", "Adafactor", "CAME", "SMMF", "AdamW8bit"),
+)
 STRATEGIES = (
     *("one process", "DDP", "FSDP2", "HSDP", "flat slices", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"),
     *("FSDP1", "layer-wise hooks", "strided shards", "two sharded mesh dimensions"),
@@ -33,6 +37,8 @@ _STRATEGY_NAMES = {
     "ddp": "DDP",
     "fsdp": "FSDP2",
     "fsdp_rows": "FSDP2",
+    "fsdp_columns": "FSDP2",
+    "fsdp_last": "FSDP2",
     "hsdp": "HSDP",
     "flat": "flat slices",
     **{f"zero{stage}": f"ZeRO-{stage}" for stage in range(4)},
@@ -86,7 +92,8 @@ def claims_of(item: pytest.Item) -> list[Claim]:
         if optimizer is None and isinstance(named, type):
             optimizer = named.__name__
         elif optimizer is None and named is not None:
-            (optimizer,) = (known for start, known in _OPTIMIZER_BEGINNINGS.items() if named.startswith(start))
+            longest = max((start for start in _OPTIMIZER_BEGINNINGS if named.startswith(start)), key=len)
+            optimizer = _OPTIMIZER_BEGINNINGS[longest]
         claims += [Claim(each, strategy, **said) for each in ([optimizer] if optimizer else OPTIMIZERS)]
     return claims
 

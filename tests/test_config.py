@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,14 @@ from omegaconf import OmegaConf
 from dist_lowrank.config import ConfigError, compose, digest, from_dict, to_dict
 from dist_lowrank.config.compose import config_directory, group_options
 from dist_lowrank.config.schema import AdamWConfig, DCTAdamWConfig, HubData, ProjectedConfig, TrionConfig
-from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, LDAdam
+from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, Grass, LDAdam, SubTrack
 
 DEFAULT = compose()
 RANK = "an integer >= 1 (number of columns) or a float in (0, 1] (fraction of n)"
 OPTIMIZERS = (
-    "adamw, apollo, apollo_mini, dct_adamw, dct_adamw_published, fira, frugal, galore, galore2, golore, ldadam, trion"
+    "adamw, apollo, apollo_mini, apollo_mini_published, apollo_published, dct_adamw, dct_adamw_published, fira, "
+    "fira_published, frugal, galore, galore2, galore_published, golore, golore_published, grass, grass_published, "
+    "ldadam, subtrack, subtrack_published, trion"
 )
 OPTIONS = [
     f"{group}={name}"
@@ -67,8 +68,8 @@ def test_model_config_takes_any_field_with_and_without_plus() -> None:
 
 
 def test_an_experiment_is_laid_over_the_defaults_and_the_command_line_over_it() -> None:
-    config = compose(["experiment=llama_60m_c4_dct_adamw", "optimizer.rank=64", "train.steps=5"])
-    assert (config.model.name, config.precision.name, config.train.global_batch_size) == ("llama_60m", "bf16", 512)
+    config = compose(["experiment=c4_dct_adamw", "optimizer.rank=64", "train.steps=5"])
+    assert (config.model.name, config.train.global_batch_size) == ("llama_60m", 512)
     assert isinstance(config.data, HubData)
     assert isinstance(config.optimizer, DCTAdamWConfig)
     assert (config.optimizer.rank, config.train.steps) == (64, 5)
@@ -267,8 +268,7 @@ def test_the_digest_covers_what_changes_the_science(override: str) -> None:
     assert len(changed) == 12
 
 
-def test_a_bad_key_ends_the_command_quickly_and_without_torch() -> None:
-    started = time.monotonic()
+def test_a_bad_key_is_refused_before_torch_is_imported() -> None:
     script = (
         "import sys; from dist_lowrank.config import compose, ConfigError\n"
         "try: compose(sys.argv[1:])\n"
@@ -278,7 +278,6 @@ def test_a_bad_key_ends_the_command_quickly_and_without_torch() -> None:
     command = [sys.executable, "-c", script, "optimizer.rank=0"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == [f"optimizer.rank: 0 is not allowed; allowed: {RANK}", "[]"]
-    assert time.monotonic() - started < 5
 
 
 def test_an_installed_package_uses_the_configuration_inside_it(tmp_path: Path) -> None:
@@ -303,6 +302,8 @@ PRESETS = {
     "frugal": Frugal,
     "apollo": Apollo,
     "ldadam": LDAdam,
+    "subtrack": SubTrack,
+    "grass": Grass,
 }
 
 

@@ -1,4 +1,4 @@
-"""GaLore, GoLore, Fira, FRUGAL, APOLLO and LDAdam equal references from their formulas, under every sharding."""
+"""GaLore and its relatives equal references from their formulas, under every sharding."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from projected_references import (
     ReferenceApollo,
     ReferenceFira,
     ReferenceFrugal,
+    ReferenceGrass,
     ReferenceLDAdam,
     ReferenceProjected,
+    ReferenceSubTrack,
     signed,
 )
 from references import initial_weight, prescribed_gradients
@@ -27,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dist_lowrank.dictionaries import DictionaryCache
-from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, LDAdam
+from dist_lowrank.optim import Apollo, DCTAdamW, Fira, Frugal, GaLore, GoLore, Grass, LDAdam, SubTrack, published
 from dist_lowrank.optim.projected_adam import ProjectedAdam
 from dist_lowrank.optim.projections import RandomProjection, gaussian
 from dist_lowrank.optim.rounding import RandomBits
@@ -59,42 +61,43 @@ def _golore(name: str) -> Callable[[int], Tensor]:
 # Optimizer and options; reference and options; basis of the reference by name of the matrix.
 GALORE: dict[str, Any] = {**SHARED, "betas": (0.9, 0.999), "eps": 1e-6}
 MINI: dict[str, Any] = {**GALORE, "rank": 1}
+MOVED: dict[str, Any] = {**GALORE, "transition": "move"}
 METHODS: dict[str, tuple[Any, dict[str, Any], Any, dict[str, Any], Any]] = {
-    "galore": (GaLore, GALORE, ReferenceProjected, {**GALORE, "alpha": 0.25}, "svd"),
+    "galore": (GaLore, GALORE, ReferenceProjected, {**MOVED, "alpha": 0.25}, "svd"),
     "galore_published": (
         GaLore,
-        {**GALORE, "corrected_eps": False, "decay_last": True},
+        {**published("galore"), **GALORE},
         ReferenceProjected,
         {**GALORE, "alpha": 0.25, "corrected_eps": False, "decay_last": True},
         "svd",
     ),
-    "galore_moved": (
+    "galore_staggered": (
         GaLore,
-        {**GALORE, "transition": "move"},
+        {**GALORE, "refresh_stagger": True},
         ReferenceProjected,
-        {**GALORE, "alpha": 0.25, "transition": "move"},
+        {**MOVED, "alpha": 0.25, "stagger": True},
         "svd",
     ),
     "galore_dct2": (
         GaLore,
         {**GALORE, "subspace": "dct2"},
         ReferenceProjected,
-        {**GALORE, "alpha": 0.25},
+        {**MOVED, "alpha": 0.25},
         "dct2",
     ),
-    "fira": (Fira, GALORE, ReferenceFira, {**GALORE, "alpha": 0.25, "corrected_eps": False, "inside": 0.0}, "svd"),
-    "fira_code": (
+    "fira": (Fira, GALORE, ReferenceFira, {**MOVED, "alpha": 0.25, "corrected_eps": False, "inside": 0.0}, "svd"),
+    "fira_published": (
         Fira,
-        {**GALORE, "residual_inside": 0.75},
+        {**published("fira"), **GALORE},
         ReferenceFira,
-        {**GALORE, "alpha": 0.25, "corrected_eps": False, "inside": 0.75},
+        {**GALORE, "alpha": 0.25, "corrected_eps": False, "inside": 0.75, "decay_last": True},
         "svd",
     ),
     "fira_hadamard": (
         Fira,
         {**GALORE, "subspace": "dct3"},
         ReferenceFira,
-        {**GALORE, "alpha": 0.25, "corrected_eps": False, "inside": 0.0},
+        {**MOVED, "alpha": 0.25, "corrected_eps": False, "inside": 0.0},
         "dct3",
     ),
     "frugal": (
@@ -132,7 +135,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any, dict[str, Any], Any]] = {
         {**MINI, "corrected_eps": False, "per": "tensor", "scale": 128.0},
         _drawn("gaussian", 1),
     ),
-    "golore": (GoLore, {**GALORE, "switch_step": 10}, ReferenceProjected, {**GALORE, "alpha": 0.25}, None),
+    "golore": (GoLore, {**GALORE, "switch_step": 10}, ReferenceProjected, {**MOVED, "alpha": 0.25}, None),
     "ldadam": (
         LDAdam,
         {"lr": 0.01, "rank": 3, "weight_decay": 0.1},
@@ -154,6 +157,28 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any, dict[str, Any], Any]] = {
         },
         "svd",
     ),
+    "subtrack": (
+        SubTrack,
+        {**GALORE, "grassmann_step": 0.01},  # angles of about 0.3
+        ReferenceSubTrack,
+        {**GALORE, "alpha": 0.25, "corrected_eps": False, "inside": 0.0, "eta": 0.01},
+        "svd",
+    ),
+    "subtrack_published": (
+        SubTrack,
+        {**published("subtrack"), **GALORE},
+        ReferenceSubTrack,
+        {**GALORE, "alpha": 0.25, "corrected_eps": False, "inside": 0.75, "eta": 10.0, "decay_last": True},
+        "svd",
+    ),
+    "grass_published": (
+        Grass,
+        {**published("grass"), **GALORE},
+        ReferenceGrass,
+        {**GALORE, "alpha": 0.25, "transition": "reset"},
+        "identity",
+    ),
+    "grass": (Grass, GALORE, ReferenceGrass, {**GALORE, "alpha": 0.25, "transition": "move"}, "identity"),
 }
 
 
@@ -176,7 +201,8 @@ def expected(method: str) -> dict[str, list[Tensor]]:
             reference = GoLoreReference(initial_weight(shape), **options, random=_golore(name))
         else:
             chosen = basis if isinstance(basis, str) else basis(name)
-            reference = make(initial_weight(shape), **options, basis=chosen)
+            offset = sorted(SHAPES).index(name) if options.get("stagger") else 0  # ParameterDict sorts
+            reference = make(initial_weight(shape), **options, basis=chosen, offset=offset)
         weights = []
         for gradient in prescribed_gradients(shape, STEPS, seed=index):
             reference.step(gradient)
@@ -302,6 +328,17 @@ def test_a_randomized_svd_finds_the_subspace_of_a_gradient_of_low_rank() -> None
         ({"return_momentum": True}, "error_feedback_momentum: True is not allowed"),
         ({"subspace": "svd_then_stiefel"}, "switch_step: None is not allowed; allowed: an integer >= 1"),
         ({"residual": "sign", "residual_scale": -1.0}, "residual_scale: -1.0 is not allowed"),
+        (
+            {"subspace": "gaussian", "residual": "sign"},
+            "residual: 'sign' is not allowed; allowed: none, gradient_scaled",
+        ),
+        ({"switch_step": 5}, "switch_step: 5 is not allowed; allowed: None with subspace='svd'"),
+        (
+            {"subspace": "dct2", "bias_correction": "choice", "transition": "move_variance"},
+            "transition: 'move_variance' is not allowed; allowed: keep, move, reset with",
+        ),
+        ({"refresh_stagger": True, "refresh_interval": 1}, "refresh_stagger: True is not allowed; allowed: False with"),
+        ({"subspace": "grassmann", "grassmann_step": -1.0}, "grassmann_step: -1.0 is not allowed"),
     ],
 )
 def test_parts_that_make_no_sense_are_refused_with_what_is_allowed(options: dict[str, Any], message: str) -> None:
@@ -309,12 +346,56 @@ def test_parts_that_make_no_sense_are_refused_with_what_is_allowed(options: dict
         GaLore([nn.Parameter(torch.ones(4, 4))], **options)
 
 
-def test_any_combination_of_parts_trains() -> None:
+def _steps_of_choices(recipe: Any, position: int, steps: int) -> list[int]:
+    return [step for step in range(1, steps + 1) if recipe.at(position).refreshes(step)]
+
+
+def test_staggered_matrices_choose_at_the_first_step_and_then_in_turn() -> None:
+    galore = GaLore([nn.Parameter(torch.ones(4, 4))], refresh_interval=3, refresh_stagger=True)
+    dct = DCTAdamW([nn.Parameter(torch.ones(4, 4))], refresh_interval=3, refresh_stagger=True)
+    steps = {
+        make: [_steps_of_choices(each.recipe(each.param_groups[0]), position, 9) for position in range(4)]
+        for make, each in (("galore", galore), ("dct", dct))
+    }
+    assert steps == {
+        "galore": [[1, 4, 7], [1, 2, 5, 8], [1, 3, 6, 9], [1, 4, 7]],
+        "dct": [[1, 3, 6, 9], [1, 4, 7], [1, 2, 5, 8], [1, 3, 6, 9]],
+    }
+    for each in (galore, dct):
+        recipe = each.recipe(each.param_groups[0])
+        for position in range(4):
+            numbers = [recipe.at(position).choices_before(step) for step in _steps_of_choices(recipe, position, 30)]
+            assert numbers[0] == 0
+            assert all(later > earlier for earlier, later in pairwise(numbers))
+
+
+def test_a_staggered_run_continues_to_the_bit_from_its_saved_state() -> None:
+    shapes = [(6, 4), (5, 7), (4, 4)]
+    whole = [nn.Parameter(initial_weight(shape, seed=i)) for i, shape in enumerate(shapes)]
+    updater = Frugal(whole, rank=2, refresh_interval=3, refresh_stagger=True)
+    for step in range(12):
+        if step == 5:
+            halves = [nn.Parameter(p.detach().clone()) for p in whole]
+            loaded = Frugal(halves, rank=2, refresh_interval=3)
+            loaded.load_state_dict(updater.state_dict())
+        for i, p in enumerate(whole):
+            p.grad = prescribed_gradients(shapes[i], 12, seed=i)[step]
+        updater.step()
+        if step >= 5:
+            for mine, other in zip(halves, whole, strict=True):
+                mine.grad = other.grad
+            loaded.step()
+    assert all(torch.equal(mine, other) for mine, other in zip(halves, whole, strict=True))
+
+
+def test_any_combination_of_parts_that_is_not_refused_trains() -> None:
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(12, 8, generator=generator)
-    for subspace in ("svd", "randomized_svd", "power", "gaussian", "stiefel", "coordinates", "dct2"):
+    for subspace in ("svd", "randomized_svd", "power", "grassmann", "gaussian", "stiefel", "coordinates", "dct2"):
         for residual in ("none", "error_feedback_int8", "sign", "norm_scaled", "gradient_scaled"):
             for transition in ("keep", "move", "reset", "move_variance"):
+                if subspace == "gaussian" and residual not in ("none", "gradient_scaled"):
+                    continue  # refused
                 weight = nn.Parameter(torch.zeros(12, 8))
                 parts = {"subspace": subspace, "residual": residual, "transition": transition}
                 updater = ProjectedAdam([weight], lr=0.05, rank=3, refresh_interval=4, residual_scale=0.5, **parts)

@@ -6,16 +6,43 @@ import inspect
 from typing import Any
 
 import pytest
+import torch
 from trajectories import KINDS, SHAPES, assert_equals_references, both, make, make_parameters, references_of
 
 from dist_lowrank.config import compose
-from dist_lowrank.optim import published
+from dist_lowrank.optim import Apollo, Fira, GaLore, GoLore, Grass, SubTrack, published
 
 # What differs from our defaults, from the published constructors and algorithms.
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "dct_adamw": {"betas": (0.9, 0.999), "dictionary": "dct3", "ranking": "l1", "transition": "keep"},
     "trion": {"dictionary": "dct3", "ranking": "l1", "dense_eps": 1e-10},
 }
+
+# Of GaLore and its relatives: what Python calls them, what they need beside published settings, and what these change.
+FAMILY: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "galore": (GaLore, {}, {"transition": "keep", "corrected_eps": False, "decay_last": True}),
+    "golore": (GoLore, {"switch_step": 9}, {"transition": "keep", "corrected_eps": False, "decay_last": True}),
+    "fira": (Fira, {}, {"transition": "keep", "residual_inside": 0.75, "decay_last": True}),
+    "apollo": (Apollo, {}, {"decay_last": True}),
+    "apollo_mini": (Apollo, {"rank": 1, "per": "tensor", "scale": 128.0}, {"decay_last": True}),
+    "subtrack": (SubTrack, {}, {"residual_inside": 0.75, "decay_last": True}),
+    "grass": (Grass, {}, {"transition": "reset"}),
+}
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_published_settings_of_the_family_differ_from_the_defaults_in_what_the_text_lists(kind: str) -> None:
+    make_one, needed, differences = FAMILY[kind]
+    parameter = torch.nn.Parameter(torch.ones(4, 3))
+    defaults, followed = (make_one([parameter], **options).defaults for options in (needed, needed | published(kind)))
+    assert {key: followed[key] for key in followed if followed[key] != defaults[key]} == differences
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_the_command_line_gives_the_published_settings_of_the_family(kind: str) -> None:
+    config = compose([f"optimizer={kind}_published", "model=llama_60m", "optimizer/moments=adam_int8"]).optimizer
+    assert (config.name, config.moment_dtype) == (kind, "int8")  # its parts can be replaced as those of the others
+    assert {key: getattr(config, key) for key in published(kind)} == published(kind)
 
 
 @both
@@ -45,5 +72,5 @@ def test_the_command_line_gives_the_same_published_settings(kind: str) -> None:
 
 
 def test_an_optimizer_without_published_settings_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"adamw8bit.*dct_adamw, trion"):
+    with pytest.raises(ValueError, match=r"adamw8bit.*dct_adamw, trion, galore"):
         published("adamw8bit")

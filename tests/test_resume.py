@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from processes import run_on_ranks
-from resumed_runs import assert_same, folders_of, run_twice
+from resumed_runs import assert_same, folders_of, run_each
 from small_runs import overrides_for
 
 CASES: dict[str, list[str]] = {
@@ -36,7 +36,8 @@ def _assert_resumes(text: str, runs: Path, more: list[str], steps: int = 9, stop
     shared = overrides_for(text, runs, f"train.steps={steps}", "train.eval_interval=4", *more)
     (unbroken,) = folders_of(shared, runs / "unbroken", 1)
     first, second = folders_of(shared, runs / "broken", 2)
-    results: list[Any] = run_on_ranks(2, run_twice, unbroken, first, second, stop_after, timeout_seconds=120)
+    attempts = [(unbroken, None), (first, stop_after), (second, None)]
+    results: list[Any] = run_on_ranks(2, run_each, attempts, timeout_seconds=120)
     for whole, stopped, continued in results:
         assert_same(continued["begin"], stopped["end"])
         assert_same(continued["end"], whole["end"])

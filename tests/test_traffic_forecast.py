@@ -38,9 +38,9 @@ def _sent(rank: int, overrides: list[str]) -> list[Totals]:
     """By rank 0, at steps 2 to 4; the first also compares replicas."""
     config = compose(overrides)
     model = build_model(config)
-    forms = low_rank_forms(route(model, config.model), config)
+    forms = low_rank_forms(route(model, config), config)
     wrapped = apply_strategy(model, blocks(model), config.strategy, config.precision, forms, torch.device("cpu"))
-    updater = make_optimizer(config, route(model, config.model))
+    updater = make_optimizer(config, route(model, config))
     steps = []
     for _ in range(4):
         for parameter in wrapped.parameters():
@@ -83,6 +83,20 @@ def test_check_prints_what_a_run_sends(
     else:
         assert printed["every step"] == refresh == between
     assert printed["every 100 steps"]["allgather_"][0] == 1
+
+
+def test_check_prints_what_a_change_of_shared_dictionaries_sends_beside_the_rest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = [*TINY, "strategy=ddp", "optimizer.dictionary=shared", "optimizer.dictionary_interval=4"]
+    overrides += ["launcher.device=cpu", "launcher.nproc_per_node=2"]
+    assert main(["check", *overrides]) == 0
+    printed = _printed(capsys.readouterr().out)
+    ordinary, _, change = run_on_ranks(2, _sent, overrides)[0]
+    assert printed["every step"] == ordinary
+    calls, size = printed["every 4 steps"]["allreduce_"]
+    assert calls == 2  # traces, Gram matrices
+    assert change["allreduce_"] == (calls + ordinary["allreduce_"][0], size + ordinary["allreduce_"][1])
 
 
 def test_check_says_that_adamw_sends_nothing_and_what_is_not_counted(capsys: pytest.CaptureFixture[str]) -> None:

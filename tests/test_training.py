@@ -192,14 +192,16 @@ def test_compiled_blocks_follow_the_same_trajectory(text: str, tmp_path: Path) -
     torch.testing.assert_close(found[1], found[0], atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"error_feedback": "int4", "moment_dtype": "int8"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"error_feedback": "int4", "moment_dtype": "int8"}, {"dictionary": "shared"}], ids=str
+)
 def test_the_parameter_table_tells_the_bytes_of_state_that_are_held(
     text: str, tmp_path: Path, options: dict[str, str]
 ) -> None:
     more = [f"optimizer.{key}={value}" for key, value in options.items()]
     folder = folder_of(overrides_for(text, tmp_path, "strategy=ddp", "train.steps=1", *more))
     (result,) = run_on_ranks(1, run_loop, folder)
-    causes = ("moments", "dense_moments", "indices", "error_feedback", "other_state")
+    causes = ("moments", "dense_moments", "indices", "shared_dictionary", "error_feedback", "other_state")
     held = sum(result["entries"][1][f"memory_bytes/{cause}"] for cause in causes)
     assert sum(row.state_bytes for row in parameter_table(folder.config(), 1)) == held
 
@@ -228,9 +230,9 @@ def test_bf16_weights_train_and_notice_small_updates_with_stochastic_rounding(
 def _collectives_of_the_default_model(rank: int, optimizer: str) -> list[tuple[str, int]]:
     config = compose([f"optimizer={optimizer}"])
     model = build_model(config)
-    forms = low_rank_forms(route(model, config.model), config)
+    forms = low_rank_forms(route(model, config), config)
     apply_strategy(model, blocks(model), config.strategy, config.precision, forms, torch.device("cpu"))
-    updater = make_optimizer(config, route(model, config.model))
+    updater = make_optimizer(config, route(model, config))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     with CountCollectives() as counter:

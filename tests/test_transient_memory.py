@@ -17,8 +17,9 @@ from processes import run_on_ranks
 from test_sharded_trajectories import Model, random_cuts, shard
 from torch import nn
 
-from dist_lowrank.optim import Apollo, DCTAdamW, Fira, Frugal, GaLore, LDAdam, Trion
+from dist_lowrank.optim import Apollo, DCTAdamW, Fira, Frugal, GaLore, LDAdam, SubTrack, Trion
 from dist_lowrank.optim.rounding import CHUNK_ELEMENTS
+from dist_lowrank.optim.shared_dictionary import kept_bytes
 from dist_lowrank.optim.transient import held_bytes, scratch_bytes
 from dist_lowrank.sharding.exchanged import FlatSlice
 from dist_lowrank.sharding.layouts import local
@@ -56,8 +57,20 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any], torch.dtype]] = {
     "fira": (Fira, {"refresh_interval": 2, "subspace": "randomized_svd"}, torch.float32),
     "frugal": (Frugal, {"refresh_interval": 2, "subspace": "dct2"}, torch.float32),
     "apollo": (Apollo, {"refresh_interval": 2}, torch.float32),
+    "shared": (
+        DCTAdamW,
+        {
+            "dictionary": "shared",
+            "dictionary_interval": 4,
+            "refresh_interval": 2,
+            "error_feedback": "int8",
+            "moment_dtype": torch.int8,
+        },
+        torch.float32,
+    ),
     "apollo, bf16 weights": (Apollo, {"refresh_interval": 2}, BF16),
     "ldadam": (LDAdam, {}, torch.float32),
+    "subtrack": (SubTrack, {"refresh_interval": 2, "rank": 0.75}, torch.float32),
     "fft": (DCTAdamW, {"transform": "fft", "materialize": False}, torch.float32),
     "fft, hadamard": (
         DCTAdamW,
@@ -96,7 +109,8 @@ def _steps(
     for _, p in named:
         p.grad = torch.ones_like(p)
     updater.step()
-    for _ in range(options.get("refresh_interval", 1)):
+    interval = options.get("dictionary_interval", options.get("refresh_interval", 1))
+    for _ in range(interval):
         found.append(allocations_of(updater.step))
     jobs = [
         (matrix, updater.recipe(group))
@@ -107,6 +121,7 @@ def _steps(
     total = sum(held_bytes(*job) for job in jobs)
     of_matrices = max(min(workspace_bytes, total), *(held_bytes(*job) for job in jobs))
     of_matrices += max(scratch_bytes(*job) for job in jobs)
+    of_matrices += kept_bytes(matrix for matrix, _ in jobs)
     of_dense = 0
     if dtype == BF16:
         elements = max(local(p.detach()).numel() for name, p in named if name in DENSE)

@@ -51,8 +51,10 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
             ) from error
         except HydraException as error:
             raise ConfigError(f"{' '.join(overrides)}: {_first_line(error)}") from error
+    assert isinstance(data, dict)
     _refuse_targets(data, "")
-    config = from_dict(data)  # type: ignore[arg-type]
+    # Sections that begin so are for YAML's own use: tables that its interpolations look up.
+    config = from_dict({str(key): value for key, value in data.items() if not str(key).startswith("_")})
     check_combinations(config)
     return config
 

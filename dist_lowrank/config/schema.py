@@ -30,14 +30,18 @@ Rank = (
 )
 # Part of a folder's name.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of letters, digits, '.', '_', '-'")]
-Dictionary = Literal["dct2", "dct3", "hadamard", "random", "identity"]
+Dictionary = Literal["dct2", "dct3", "hadamard", "random", "identity", "shared"]
 Transform = Literal["gemm", "fft", "auto"]
 Ranking = Literal["l2", "l1"]
 Side = Literal["shorter", "longer", "right", "left", "unsharded"]
-Projection = Literal["svd", "randomized_svd", "power", "svd_then_stiefel", "gaussian", "stiefel", "coordinates"]
+Projection = Literal[
+    "svd", "randomized_svd", "power", "grassmann", "svd_then_stiefel", "gaussian", "stiefel", "coordinates"
+]
 ErrorFeedback = Literal["error_feedback", "error_feedback_bf16", "error_feedback_int8", "error_feedback_int4"]
 AddedRows = Literal["sign", "norm_scaled", "gradient_scaled"]
+StateDtype = Literal["weights"] | None  # null: of the arithmetic
 WeightRounding = Literal["nearest", "stochastic"]  # of bf16 weights
+Vocabulary = Literal["dense", "matrices"]  # the path of embeddings and output head
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -112,6 +116,7 @@ class HubData:
     text_column: str = "text"
     shuffle_buffer: PositiveInt = 10_000  # documents
     sequence_length: PositiveInt = 256
+    packing: bool = True  # false: a block is one document, cut or padded; padding is no target
     workers: Annotated[int, Field(ge=0, le=0, strict=True)] = 0
 
 
@@ -124,7 +129,9 @@ class DCTAdamWConfig:
     weight_decay: NonNegativeFloat = 0.0
     rank: Rank = 0.25
     refresh_interval: PositiveInt = 1
+    refresh_stagger: bool = False
     dictionary: Dictionary = "dct2"
+    dictionary_interval: PositiveInt = 500  # steps between changes of `shared`
     transform: Transform = "gemm"
     materialize: bool = True
     ranking: Ranking = "l2"
@@ -134,6 +141,7 @@ class DCTAdamWConfig:
     error_feedback_momentum: bool = False
     column_bias_correction: bool = False
     moment_dtype: Literal["fp32", "bf16", "int8"] | None = None
+    state_dtype: StateDtype = None
     weight_rounding: WeightRounding = "nearest"
 
     @model_validator(mode="after")
@@ -154,6 +162,7 @@ class TrionConfig:
     weight_decay: NonNegativeFloat = 0.01
     rank: Rank = 0.25
     dictionary: Dictionary = "dct2"
+    dictionary_interval: PositiveInt = 500  # steps between changes of `shared`
     transform: Transform = "gemm"
     materialize: bool = True
     ranking: Ranking = "l2"
@@ -163,6 +172,7 @@ class TrionConfig:
     dense_lr: PositiveFloat = 3e-4
     dense_betas: tuple[Beta, Beta] = (0.9, 0.95)
     dense_eps: PositiveFloat = 1e-8
+    state_dtype: StateDtype = None
     weight_rounding: WeightRounding = "nearest"
 
 
@@ -173,7 +183,9 @@ class ProjectedConfig:
     `conf/optimizer/{subspace,moments,residual,transition}` hold the parts; the presets name four of them.
     """
 
-    name: Literal["galore", "galore2", "golore", "fira", "frugal", "apollo", "apollo_mini", "ldadam"]
+    name: Literal[
+        "galore", "galore2", "golore", "fira", "frugal", "apollo", "apollo_mini", "ldadam", "subtrack", "grass"
+    ]
     lr: PositiveFloat = 0.01
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-6
@@ -183,8 +195,11 @@ class ProjectedConfig:
     side: Literal["shorter", "shorter_left", "longer", "right", "left", "unsharded"] = "shorter"
     subspace: Literal[Projection, Dictionary] = "svd"
     refresh_interval: PositiveInt = 200
+    refresh_stagger: bool = False
     switch_step: PositiveInt | None = None  # null: after 80 % of the steps
+    dictionary_interval: PositiveInt = 600  # steps between changes of `shared`; a multiple of refresh_interval
     rho: Annotated[float, Field(ge=0, le=1)] = 0.908
+    grassmann_step: NonNegativeFloat = 10.0
     ranking: Ranking = "l2"
     transform: Transform = "gemm"
     materialize: bool = True
@@ -192,6 +207,7 @@ class ProjectedConfig:
     bias_correction: Literal["step", "choice"] = "step"
     corrected_eps: bool = True
     moment_dtype: Literal["fp32", "bf16", "int8"] | None = None
+    state_dtype: StateDtype = None
     residual: Literal["none", ErrorFeedback, AddedRows] = "none"
     residual_scale: NonNegativeFloat = 1.0
     residual_inside: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -199,6 +215,75 @@ class ProjectedConfig:
     residual_limit: NonNegativeFloat = 1.01
     return_momentum: bool = False
     decay_last: bool = False
+    weight_rounding: WeightRounding = "nearest"
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class SCALEConfig:
+    name: Literal["scale"]
+    lr: PositiveFloat = 1e-3
+    momentum: Beta = 0.9  # of the output head
+    moment_dtype: Literal["fp32", "bf16"] | None = None
+    weight_decay: NonNegativeFloat = 0.0
+    dense_lr: PositiveFloat = 1e-3
+    dense_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    dense_eps: PositiveFloat = 1e-8
+    vocabulary: Vocabulary = "matrices"
+    weight_rounding: WeightRounding = "nearest"
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class AdafactorConfig:
+    name: Literal["adafactor"]
+    lr: PositiveFloat = 1e-3
+    beta1: Beta | None = None  # of momentum; null: without
+    decay_rate: Annotated[float, Field(le=0)] = -0.8
+    eps: PositiveFloat = 1e-30
+    clip_threshold: PositiveFloat = 1.0
+    weight_decay: NonNegativeFloat = 0.0
+    dense_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    dense_eps: PositiveFloat = 1e-8
+    vocabulary: Vocabulary = "matrices"
+    weight_rounding: WeightRounding = "nearest"
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class CAMEConfig:
+    name: Literal["came"]
+    lr: PositiveFloat = 2e-4
+    betas: tuple[Beta, Beta, Beta] = (0.9, 0.999, 0.9999)
+    eps: tuple[PositiveFloat, PositiveFloat] = (1e-30, 1e-16)
+    clip_threshold: PositiveFloat = 1.0
+    weight_decay: NonNegativeFloat = 0.0
+    dense_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    dense_eps: PositiveFloat = 1e-8
+    vocabulary: Vocabulary = "matrices"
+    weight_rounding: WeightRounding = "nearest"
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class SMMFConfig:
+    name: Literal["smmf"]
+    lr: PositiveFloat = 1e-3
+    beta: Beta = 0.9
+    eps: PositiveFloat = 1e-8
+    growth: Annotated[float, Field(ge=0, le=1)] = 0.999
+    gamma: Annotated[float, Field(le=0)] = -0.5
+    weight_decay: NonNegativeFloat = 0.0
+    dense_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    dense_eps: PositiveFloat = 1e-8
+    vocabulary: Vocabulary = "matrices"
+    weight_rounding: WeightRounding = "nearest"
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class AdamW8bitConfig:
+    name: Literal["adamw8bit"]
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    vocabulary: Vocabulary = "matrices"
     weight_rounding: WeightRounding = "nearest"
 
 
@@ -268,6 +353,7 @@ class TrainConfig:
     clip_norm: PositiveFloat | None = 1.0  # global norm of the raw gradient; null: no clipping
     eval_interval: PositiveInt = 100  # steps
     eval_sequences: PositiveInt = 256  # held-out sequences per evaluation, at most
+    eval_legacy_counter: bool = False  # count one batch too many, as published low-rank code does; depends on the ranks
     deterministic: bool = False  # torch.use_deterministic_algorithms
     max_skipped_steps: PositiveInt = 10  # in a row, because loss or gradient is not finite; so many end the run
     time_limit_minutes: PositiveFloat | None = None  # since the launcher started; saves and stops before it
@@ -333,7 +419,18 @@ class RunConfig:
 
     model: ModelConfig
     data: Annotated[CorpusData | TextData | HubData, Field(discriminator="source")]
-    optimizer: Annotated[DCTAdamWConfig | TrionConfig | ProjectedConfig | AdamWConfig, Field(discriminator="name")]
+    optimizer: Annotated[
+        DCTAdamWConfig
+        | TrionConfig
+        | ProjectedConfig
+        | SCALEConfig
+        | AdafactorConfig
+        | CAMEConfig
+        | SMMFConfig
+        | AdamW8bitConfig
+        | AdamWConfig,
+        Field(discriminator="name"),
+    ]
     strategy: StrategyConfig
     precision: PrecisionConfig
     schedule: ScheduleConfig

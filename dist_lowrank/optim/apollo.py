@@ -20,9 +20,13 @@ class Apollo(ProjectedAdam):
     |---|---|
     | refresh | steps 1, T + 1, ...; T = 200; P is drawn anew |
     | side | the shorter axis; square: right |
-    | moments at a refresh | kept |
+    | epsilon | 1e-6, added before bias correction |
+    | decay | before the update |
+    | scale | root of `scale`: 1; of Mini 128 |
+    | moments at a refresh | kept: only norms of rows are made of them, and random directions are all alike |
     | state per matrix | 2 L r moments, 1 integer, 1 norm |
 
+    The published code decays the weights after the update (`decay_last=True`): `published`.
     APOLLO-Mini is `rank=1, per="tensor", scale=128`.
     """
 

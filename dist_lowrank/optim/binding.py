@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from dist_lowrank.optim.dense import DenseParameter, arithmetic_dtype, dense_state
+from dist_lowrank.optim.dense import DenseParameter, arithmetic_dtype, dense_state, state_dtype
 from dist_lowrank.optim.recipe import Recipe
+from dist_lowrank.optim.roles import Role
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.optim.state_dict import STRUCTURAL_OPTIONS
 from dist_lowrank.sharding.layouts import Layout, LayoutError, local, tall_form
@@ -40,8 +41,10 @@ class BoundMatrix:
     layout: Layout
     dtype: torch.dtype  # of the arithmetic
     specs: Mapping[str, StateTensor]  # of its state, beside the step counter
+    position: int = 0  # among the matrices of the optimizer
     captured_energy: Tensor | None = None  # share of the score in the chosen columns, at the last refresh
     previous_indices: Tensor | None = None  # what was chosen before the last refresh; empty if that was the first
+    role: Role | None = None  # whose dictionary it shares
 
     @property
     def name(self) -> str:
@@ -140,7 +143,7 @@ def bind_parameter(
             "it; allowed: FSDP2, `torch.distributed.fsdp.fully_shard`"
         )
     bound = BoundParameter(name, parameter, structure_of(options), sharers_of(parameter, replicas, place))
-    fresh = bound.fresh_state
+    fresh, stored = bound.fresh_state, state_dtype(parameter, options.get("state_dtype"))
     for piece in cut_parameter(name, parameter, options, place):
         if not piece.whole and not local(parameter).is_contiguous():
             raise ValueError(
@@ -151,17 +154,16 @@ def bind_parameter(
             dense = DenseParameter(piece, parameter, None if place is None else place.group)
             bound.dense.append(dense)
             if not state:
-                fresh |= dense_state(dense)
+                fresh |= dense_state(dense, stored)
             continue
         form = tall_form(piece.shape, recipe.side, recipe.rank, sharded_axis(piece, parameter))
         try:
-            recipe.subspace.check(form)
+            recipe.check(form)
         except ValueError as error:
             raise ValueError(f"parameter {piece.name!r} of shape {form.shape}: {error}") from None
         layout = read_layout(piece, parameter, form, replicas, None if place is None else place.group)
-        dtype = arithmetic_dtype(parameter)
-        specs = recipe.state(form, dtype)
-        bound.matrices.append(BoundMatrix(piece, parameter, layout, dtype, specs))
+        specs = recipe.state(form, stored)
+        bound.matrices.append(BoundMatrix(piece, parameter, layout, arithmetic_dtype(parameter), specs))
         if not state and f"{piece.prefix}step" not in fresh:  # the matrices of a stack share theirs
             fresh[f"{piece.prefix}step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             fresh |= {piece.prefix + key: _zeros(piece, layout, spec, parameter) for key, spec in specs.items()}

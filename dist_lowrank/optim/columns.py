@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_lowrank.dictionaries import BLOCK_ELEMENTS, Dictionary, check_dictionary, check_transform
 from dist_lowrank.optim.options import check_choice
 from dist_lowrank.optim.state import StateTensor
-from dist_lowrank.optim.subspace import Choice, Place
+from dist_lowrank.optim.subspace import Change, Choice, Place
 from dist_lowrank.sharding.layouts import TallForm
 from dist_lowrank.sharding.rule import Rule
 from dist_lowrank.subspaces import RANKINGS, column_scores, index_dtype, top_columns
@@ -51,18 +51,21 @@ class DictionaryColumns:
         return self._ready(place).transform(rows)
 
     def stored(self, state: Mapping[str, Tensor], place: Place) -> ColumnBasis:
-        return ColumnBasis(self._ready(place), state["indices"].long())
+        return self._basis(place, state["indices"].long())
 
     def choose(
         self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None
     ) -> Rule[Choice]:
-        previous = state["indices"][: 0 if number == 0 else None].clone()
+        previous = state["indices"][: 0 if number == 0 or place.new_dictionary else None].clone()
         scores = yield column_scores(coordinates[place.owned], self.ranking)  # (n,)
         indices = top_columns(scores, place.form.rank)
-        return Choice(ColumnBasis(self._ready(place), indices), scores[indices].sum() / scores.sum(), previous)
+        return Choice(self._basis(place, indices), scores[indices].sum() / scores.sum(), previous)
 
     def store(self, basis: ColumnBasis, state: Mapping[str, Tensor]) -> None:
         state["indices"].copy_(basis.indices)
+
+    def _basis(self, place: Place, indices: Tensor) -> ColumnBasis:
+        return ColumnBasis(self._ready(place), indices)
 
     def _ready(self, place: Place) -> Dictionary:
         transform = self.transform
@@ -100,7 +103,7 @@ class ColumnBasis:
     ) -> None:
         self.dictionary.add_lifted(target, coefficients, self.indices, decay=decay, scale=scale, columns=columns)
 
-    def change_from(self, previous: ColumnBasis) -> ColumnChange:
+    def change_from(self, previous: ColumnBasis) -> Change:
         return ColumnChange(previous.indices, self.indices, self.dictionary.n)
 
 

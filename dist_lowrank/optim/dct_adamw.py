@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import VERIFY_EVERY, WORKSPACE_BYTES, LowRankOptimizer
+from dist_lowrank.optim.low_rank import LowRank, column_options
 from dist_lowrank.optim.moments import Adam
 from dist_lowrank.optim.options import check_choice
-from dist_lowrank.optim.recipe import Recipe, column_options
 from dist_lowrank.optim.residuals import Accumulate, Drop, Residual
 from dist_lowrank.optim.storage import Floats, Levels, Storage
 
@@ -49,8 +49,13 @@ class DCTAdamW(LowRankOptimizer):
             step is 3.2 times the learning rate.
         rank: number of columns (int) or fraction of n (float).
         refresh_interval: steps between choices of columns.
+        refresh_stagger: matrix number i of the optimizer chooses i steps later (modulo the interval), but all at step
+            1: a step holds and sends less of what choosing needs.
         dictionary: `dct2`, `dct3`, `hadamard` (n even; blocks of the largest power of two that divides n), `random`,
-            `identity`.
+            `identity`; `shared`, learned together by all matrices of one role (`dist_lowrank.optim.roles`): the
+            eigenvectors of their summed Gram matrices, an n x n matrix of state per role.
+        dictionary_interval: with `dictionary="shared"`, steps between changes of dictionaries; a multiple of
+            refresh_interval.
         transform: how gradients are multiplied by the whole dictionary: `gemm`, by its matrix; `fft`, in O(n log n)
             (scipy's on a CPU where it is installed, else torch's; butterflies for `hadamard`; not for `random`);
             `auto`, by the faster of the two, measured once per (dictionary, n, dtype, device) and process. All agree
@@ -74,6 +79,9 @@ class DCTAdamW(LowRankOptimizer):
             moment stands still for betas near 1; `torch.int8`, 8-bit codes that are rounded such that the mean is
             exact, and a float32 scale per row and 256 columns; or None for the dtype of the arithmetic, which is
             float32, or float64 for float64 parameters.
+        state_dtype: of all other state that is floating-point, the moments of the dense path too: None for the dtype of
+            the arithmetic; `weights` for that of the weights, rounded to nearest, which is what published code keeps
+            of bfloat16 weights.
         weight_rounding: of bfloat16 weights: `nearest`, which loses updates below 1/512 of the weight, or
             `stochastic`, up or down at random such that the mean is exact, from a hash of seed, parameter name, step
             and position, so the same under every sharding. No effect on float32 and float64 weights.
@@ -101,7 +109,9 @@ class DCTAdamW(LowRankOptimizer):
         *,
         rank: int | float = 0.25,
         refresh_interval: int = 1,
+        refresh_stagger: bool = False,
         dictionary: str = "dct2",
+        dictionary_interval: int = 500,
         transform: str = "gemm",
         materialize: bool = True,
         ranking: str = "l2",
@@ -111,6 +121,7 @@ class DCTAdamW(LowRankOptimizer):
         error_feedback_momentum: bool = False,
         column_bias_correction: bool = False,
         moment_dtype: torch.dtype | None = None,
+        state_dtype: str | None = None,
         weight_rounding: str = "nearest",
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
@@ -125,7 +136,9 @@ class DCTAdamW(LowRankOptimizer):
             "weight_decay": weight_decay,
             "rank": rank,
             "refresh_interval": refresh_interval,
+            "refresh_stagger": refresh_stagger,
             "dictionary": dictionary,
+            "dictionary_interval": dictionary_interval,
             "transform": transform,
             "materialize": materialize,
             "ranking": ranking,
@@ -135,6 +148,7 @@ class DCTAdamW(LowRankOptimizer):
             "error_feedback_momentum": error_feedback_momentum,
             "column_bias_correction": column_bias_correction,
             "moment_dtype": moment_dtype,
+            "state_dtype": state_dtype,
             "weight_rounding": weight_rounding,
             "seed": seed,
         }
@@ -147,12 +161,13 @@ class DCTAdamW(LowRankOptimizer):
             agree_on_gradients=agree_on_gradients,
         )
 
-    def recipe(self, group: dict[str, Any]) -> Recipe:
+    def recipe(self, group: dict[str, Any]) -> LowRank:
         check_choice("error_feedback", group["error_feedback"], tuple(_RESIDUALS))
         check_choice("error_feedback_momentum", group["error_feedback_momentum"], (False, True))
-        return Recipe(
+        return LowRank(
             **column_options(group),
             refresh_interval=group["refresh_interval"],
+            refresh_stagger=group["refresh_stagger"],
             moments=Adam(group["betas"], group["eps"], group["column_bias_correction"], group["moment_dtype"]),
             residual=_RESIDUALS[group["error_feedback"]],
             transition=group["transition"],

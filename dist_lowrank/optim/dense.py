@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from dist_lowrank.optim.options import check_betas, check_number
+from dist_lowrank.optim.options import check_betas, check_number, dense_rate
 from dist_lowrank.optim.rounding import RandomBits, store_weight
 from dist_lowrank.sharding.layouts import global_offset, local
 from dist_lowrank.sharding.pieces import Piece
@@ -33,6 +34,19 @@ class DenseOptions:
         check_betas(f"{self.prefix}betas", self.betas)
         check_number(f"{self.prefix}eps", self.eps)
         check_number("weight_decay", self.weight_decay)
+
+
+def scheduled_dense_options(group: dict[str, Any]) -> DenseOptions:
+    """Of a group with `dense_` options of its own, for optimizers that orthogonalise matrices."""
+    return DenseOptions(
+        dense_rate(group),
+        group["dense_betas"],
+        group["dense_eps"],
+        group["weight_decay"],
+        "dense_",
+        group["weight_rounding"],
+        group["seed"],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +74,11 @@ def arithmetic_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
+def state_dtype(parameter: Tensor, choice: str | None) -> torch.dtype:
+    """In which state is kept where nothing else is said: that of the arithmetic, or, for "weights", the parameter's."""
+    return parameter.dtype if choice == "weights" else arithmetic_dtype(parameter)
+
+
 def local_gradient(parameter: Tensor) -> Tensor:
     """The local part of a gradient, placed as its parameter is; zeros where only other ranks have one.
 
@@ -84,13 +103,13 @@ def local_gradients(pieces: Sequence[tuple[Tensor, Piece]]) -> dict[Tensor, Tens
     return by_parameter
 
 
-def dense_state(parameter: DenseParameter) -> dict[str, Tensor]:
-    """Zero state of AdamW, sharded like the parameter; moments in float32 (float64 for float64)."""
+def dense_state(parameter: DenseParameter, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Zero state of AdamW, sharded like the parameter; moments in `dtype`."""
     tensor, piece = parameter.tensor, parameter.piece
     part = tensor if piece.whole else piece.view(local(tensor.detach()))
     device = local(tensor).device
     moments = {
-        key: torch.zeros_like(part, dtype=arithmetic_dtype(tensor), memory_format=torch.contiguous_format)
+        key: torch.zeros_like(part, dtype=dtype, memory_format=torch.contiguous_format)
         for key in ("exp_avg", "exp_avg_sq")
     }
     # On a GPU the fused kernel wants the counter there.
@@ -106,7 +125,7 @@ def dense_waves(parameters: Sequence[DenseParameter], workspace_bytes: int) -> I
         tensor, needed_bytes = parameter.tensor, 0
         if tensor.dtype != arithmetic_dtype(tensor):
             elements = parameter.piece.view(local(tensor.detach())).numel()
-            needed_bytes = 2 * elements * arithmetic_dtype(tensor).itemsize
+            needed_bytes = 4 * elements * arithmetic_dtype(tensor).itemsize  # weight, gradient, perhaps moments
         if wave and used_bytes + needed_bytes > workspace_bytes:
             yield wave
             wave, used_bytes = [], 0
@@ -121,7 +140,8 @@ def dense_step(
 ) -> None:
     """One step of AdamW (arXiv 1711.05101) for parameters of one group that have gradients.
 
-    Works on local tensors: AdamW is element-wise. Parameters of less than float32 are updated in float32 and rounded.
+    Works on local tensors: AdamW is element-wise. Parameters of less than float32 are updated in float32 and rounded,
+    and so are moments, to nearest.
     """
     weights = [parameter.piece.view(local(parameter.tensor.detach())) for parameter in parameters]
     # The fused kernel walks memory without regard to strides: it gets contiguous tensors, the weight itself if it can.
@@ -131,11 +151,15 @@ def dense_step(
         parameter.piece.view(by_parameter[parameter.tensor]).to(weight.dtype).contiguous()
         for parameter, weight in zip(parameters, wide, strict=True)
     ]
+    means, squares = (
+        [state[key].to(weight.dtype) for state, weight in zip(states, wide, strict=True)]
+        for key in ("exp_avg", "exp_avg_sq")
+    )
     adamw(
         wide,
         gradients,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        means,
+        squares,
         [],
         [state["step"] for state in states],
         fused=all(weight.device.type in ("cpu", "cuda") for weight in weights),
@@ -147,6 +171,10 @@ def dense_step(
         eps=options.eps,
         maximize=False,
     )
+    for state, mean, square in zip(states, means, squares, strict=True):
+        for key, moment in (("exp_avg", mean), ("exp_avg_sq", square)):
+            if moment is not state[key]:
+                state[key].copy_(moment)
     for parameter, weight, updated, state in zip(parameters, weights, wide, states, strict=True):
         if updated is not weight:
             step = int(state["step"]) if options.weight_rounding == "stochastic" else 0  # on a GPU it waits for it

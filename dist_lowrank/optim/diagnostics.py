@@ -26,14 +26,16 @@ class Diagnostics:
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds, by cause; the causes are disjoint and their sum is all of the state."""
-        causes_of_state = ("moments", "dense_moments", "indices", "projection", "error_feedback", "other_state")
-        totals = dict.fromkeys(causes_of_state, 0)
+        causes_of_state = ("moments", "dense_moments", "indices", "projection", "shared_dictionary", "error_feedback")
+        totals = dict.fromkeys((*causes_of_state, "other_state"), 0)
         held = {bound.parameter: bound for members in self.bind() for bound in members}
         held |= {p: self._bound[p] for p in self._flat if p in self._bound}  # DeepSpeed empties groups between steps
         for bound in held.values():
             causes: dict[str, str] = {}
             for matrix in bound.matrices:
                 causes |= {matrix.piece.prefix + key: spec.cause for key, spec in matrix.specs.items()}
+                if matrix.role is not None:
+                    causes[matrix.role.key] = "shared_dictionary"
             for dense in bound.dense:
                 causes |= {dense.piece.prefix + key: "dense_moments" for key in ("exp_avg", "exp_avg_sq")}
             for key, tensor in self._state[bound.parameter].items():

@@ -35,6 +35,7 @@ from dist_lowrank.optim.flat_state import cut_flat_state, cut_tensors, gather_fl
 from dist_lowrank.optim.given import GivenParameters
 from dist_lowrank.optim.options import PATH_OPTIONS, check_choice, check_count, check_number, check_path_options
 from dist_lowrank.optim.recipe import Recipe
+from dist_lowrank.optim.shared_dictionary import dictionaries_of_step, join_roles, shares_dictionary
 from dist_lowrank.optim.state_dict import load_into, validate_state_dict
 from dist_lowrank.optim.wave import count_steps, cut_waves, no_autocast, update_wave, verify_columns
 from dist_lowrank.sharding.pieces import FlatPart, FlatPlace, check_parts
@@ -54,6 +55,8 @@ class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
         split: sizes into which each matrix is split along `split_dim` (0 or 1; default 0), each a matrix of its own:
             fused QKV or gate-up weights. Where that dimension is the sharded one, rows move to even blocks and back
             at each step.
+        role: with `dictionary="shared"`: what the group's matrices share a dictionary as; by default their names say
+            it (`dist_lowrank.optim.roles`).
     """
 
     def __init__(
@@ -78,12 +81,21 @@ class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
         self.agree_on_gradients = agree_on_gradients
         self._steps = 0  # of this object; state counts its own
         self._flat: dict[Tensor, FlatPlace] = {}
+        self._positions: dict[str, int] = {}  # of matrices by name, in the order in which they were bound first
         self.given = GivenParameters()  # and not by DeepSpeed put in their place
         self._forget_binding()
         super().__init__(params, {**PATH_OPTIONS, **defaults})
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("process_group", "workspace_bytes", "verify_every", "agree_on_gradients", "_steps", "_flat")
+        kept = (
+            "process_group",
+            "workspace_bytes",
+            "verify_every",
+            "agree_on_gradients",
+            "_steps",
+            "_flat",
+            "_positions",
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -157,11 +169,12 @@ class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
                         f"{option}: {structure[option]!r} is not allowed after state was made with "
                         f"{bound.structure[option]!r}; allowed: the same"
                     )
-                jobs += [(matrix, recipe) for matrix in bound.matrices]
+                jobs += [(matrix, recipe.at(matrix.position)) for matrix in bound.matrices]
             dense.append((self.dense_options(group), [each for bound in updated for each in bound.dense]))
         count_steps(jobs, state)
-        with no_autocast({bound.parameter.device.type for bound in everything}):
-            for wave in cut_waves(jobs, self.workspace_bytes):
+        learning = dictionaries_of_step(jobs, self._matrices(), state, self._dictionaries, self.workspace_bytes)
+        with no_autocast({bound.parameter.device.type for bound in everything}), learning as kept_bytes:
+            for wave in cut_waves(jobs, self.workspace_bytes - kept_bytes):
                 update_wave(wave, state, self._dictionaries)
         for options, parameters in dense:
             for part in dense_waves(parameters, self.workspace_bytes):
@@ -222,6 +235,10 @@ class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
                 ]
             )
             position += len(parameters)
+            matrices = [matrix for bound in by_group[-1] for matrix in bound.matrices]
+            if matrices and shares_dictionary(self.recipe(group)):
+                with torch.inference_mode(False):
+                    join_roles(matrices, group["role"], self._state)
         if not known:
             self._bound_members = [(group, list(group["params"])) for group in self.param_groups]
         return by_group
@@ -256,6 +273,8 @@ class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
             if plain:
                 self._unchecked.append((name, parameter))
         bound.fresh_state = {}
+        for matrix in bound.matrices:
+            matrix.position = self._positions.setdefault(matrix.name, len(self._positions))
         self._bound[parameter] = bound
         return bound
 

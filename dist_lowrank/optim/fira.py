@@ -20,8 +20,14 @@ class Fira(ProjectedAdam):
     |---|---|
     | refresh | steps 1, T + 1, 2 T + 1, ...; T = 200 |
     | side | the shorter axis; square: right |
-    | moments at a refresh | kept |
+    | epsilon | 1e-6, added before bias correction |
+    | decay | before the update |
+    | scale | alpha 0.25 of the direction, S as it is |
+    | moments at a refresh | moved: m by the product of the old and the new P, v by its element-wise square |
     | state per matrix | 2 L r moments, n r projection, 1 norm |
+
+    The published code keeps the moments as they are (`transition="keep"`), leaves `1 - alpha` of what is inside the
+    subspace in S (`residual_inside=0.75`) and decays the weights after the update (`decay_last=True`): `published`.
 
     Args:
         residual_inside: part of what is inside the subspace that S keeps: 0 in the paper, `1 - alpha` in its code.
@@ -42,5 +48,5 @@ class Fira(ProjectedAdam):
         **options: Any,
     ) -> None:
         own = {"residual": "norm_scaled", "residual_inside": residual_inside, "residual_limit": residual_limit}
-        own |= {"corrected_eps": False, "alpha": alpha}
+        own |= {"transition": "move", "corrected_eps": False, "alpha": alpha}
         super().__init__(params, lr=lr, betas=betas, eps=eps, **(own | options))

@@ -17,6 +17,9 @@ class Frugal(ProjectedAdam):
     | refresh | steps 1, T + 1, ...; T = 200 |
     | directions | `coordinates`: r columns at random (the paper's columns); `svd`, `stiefel`, or a dictionary |
     | side | the shorter axis; square: right |
+    | epsilon | 1e-8, added after bias correction |
+    | decay | before the update |
+    | scale | 1, and `residual_scale` of the signs (the authors: 1 for pre-training, 0.1 for fine-tuning) |
     | moments and their bias correction at a refresh | start anew |
     | state per matrix | 2 L r moments, 1 integer or n r projection |
 

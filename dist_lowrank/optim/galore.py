@@ -18,11 +18,14 @@ class GaLore(ProjectedAdam):
     |---|---|
     | refresh | steps 1, T + 1, 2 T + 1, ...; T = 200 |
     | side | the shorter axis is compressed; square: right |
-    | moments at a refresh | kept as they are |
+    | epsilon | 1e-6, added after bias correction |
+    | decay | before the update |
+    | scale | alpha 0.25 |
+    | moments at a refresh | moved: m by the product of the old and the new P, v by its element-wise square |
     | state per matrix | 2 L r moments, n r projection |
 
-    The published code adds eps to the root of v before bias correction (`corrected_eps=False`, eps 1e-6) and decays
-    the weights after the update (`decay_last=True`).
+    The published code keeps the moments as they are (`transition="keep"`), adds eps to the root of v before bias
+    correction (`corrected_eps=False`) and decays the weights after the update (`decay_last=True`): `published`.
     `subspace="randomized_svd"` is GaLore 2 (arXiv 2504.20437); a dictionary's name is the drop-in of arXiv 2505.17967.
     """
 
@@ -36,14 +39,16 @@ class GaLore(ProjectedAdam):
         alpha: float = 0.25,
         **options: Any,
     ) -> None:
-        super().__init__(params, lr=lr, betas=betas, eps=eps, alpha=alpha, **options)
+        own = {"transition": "move", "alpha": alpha}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, **(own | options))
 
 
 class GoLore(ProjectedAdam):
     """GaLore, with random subspaces from `switch_step` on (arXiv 2410.11289).
 
     The authors switch after 80 % of the steps. Random subspaces are uniform on the Stiefel manifold, drawn anew at each
-    refresh. The published code means to rotate the moments and does not: `transition="keep"`.
+    refresh. All else, and where the published code differs, is as `GaLore`'s, but for the learning rate; the code means
+    to move the first moments, and drops the result.
     """
 
     def __init__(
@@ -57,5 +62,5 @@ class GoLore(ProjectedAdam):
         alpha: float = 0.25,
         **options: Any,
     ) -> None:
-        own = {"subspace": "svd_then_stiefel", "switch_step": switch_step, "alpha": alpha}
+        own = {"subspace": "svd_then_stiefel", "switch_step": switch_step, "transition": "move", "alpha": alpha}
         super().__init__(params, lr=lr, betas=betas, eps=eps, **(own | options))

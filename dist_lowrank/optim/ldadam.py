@@ -20,6 +20,9 @@ class LDAdam(ProjectedAdam):
     |---|---|
     | refresh | every step |
     | side | the shorter axis; square: **left** |
+    | epsilon | 1e-8, added after bias correction |
+    | decay | before the update |
+    | scale | 1 |
     | moments at a refresh | moved (`move_variance`) |
     | state per matrix | 2 L r moments, n r projection, L n error (off: `error_feedback=False`) |
     """

@@ -24,7 +24,7 @@ class Moments(Protocol):
     """Turns coefficients into a direction of the same shape."""
 
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
-        """The state that this part keeps for a matrix whose update is computed in `dtype`."""
+        """The state that this part keeps for a matrix, in `dtype` where it does not say another."""
 
     def statistics(self, form: TallForm) -> list[int]:
         """By round: the number of elements of what `direction` yields."""

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # What only groups say: which parameters are matrices, and of which matrices they consist.
-PATH_OPTIONS = {"low_rank": True, "higher_dims": "dense", "split": None, "split_dim": 0}
+PATH_OPTIONS = {"low_rank": True, "higher_dims": "dense", "split": None, "split_dim": 0, "role": None}
+# Of the engine, not of a parameter group.
+ENGINE_OPTIONS = ("process_group", "workspace_bytes", "verify_every", "agree_on_gradients")
 
 
 def refuse(name: str, value: object, allowed: str) -> ValueError:
@@ -55,11 +57,20 @@ def check_rank(value: Any) -> None:
 
 def check_path_options(group: Mapping[str, Any]) -> None:
     """Of `PATH_OPTIONS`, all but `low_rank`."""
+    check_choice("state_dtype", group.get("state_dtype"), (None, "weights"))
     check_choice("higher_dims", group["higher_dims"], ("dense", "stack", "flatten"))
     if group["split_dim"] not in (0, 1):
         raise refuse("split_dim", group["split_dim"], "0, 1")
     sizes = group["split"]
     if sizes is not None and not (isinstance(sizes, (list, tuple)) and sizes):
         raise refuse("split", sizes, "None, or a list of sizes")
+    if group["role"] is not None and not (isinstance(group["role"], str) and group["role"]):
+        raise refuse("role", group["role"], "None, or a name")
     for size in sizes or ():
         check_count("split", size)
+
+
+def dense_rate(group: dict[str, Any]) -> float:
+    """`dense_lr`, in proportion to what a scheduler has made of `lr` since the group was added."""
+    base_lr = group.setdefault("base_lr", float(group.get("initial_lr", group["lr"])))
+    return float(group["dense_lr"] * (float(group["lr"]) / base_lr if base_lr else 1.0))

@@ -9,35 +9,36 @@ from typing import Any
 from torch import Tensor, nn
 
 from dist_lowrank.optim.binding import canonical_name
+from dist_lowrank.optim.options import check_choice
 
-# Beside embeddings and output heads, which are found by type.
-DENSE_NAMES = (
-    "*embed*",
-    "*lm_head*",
-    "*norm*",
-    "*.wte.*",
-    "*.wpe.*",
-    "wte.*",
-    "wpe.*",
-    "head.weight",
-    "*.head.weight",
-    "output.weight",
-)
+# Beside embeddings and output heads that are found by type.
+EMBEDDING_NAMES = ("*embed*", "*.wte.*", "*.wpe.*", "wte.*", "wpe.*")
+HEAD_NAMES = ("*lm_head*", "head.weight", "*.head.weight", "output.weight")
+NORM_NAMES = ("*norm*",)
+VOCABULARIES = ("dense", "matrices")
 
 
 def param_groups(
-    model: nn.Module, low_rank: Iterable[str] | None = None, dense: Iterable[str] | None = None
+    model: nn.Module,
+    low_rank: Iterable[str] | None = None,
+    dense: Iterable[str] | None = None,
+    vocabulary: str = "dense",
 ) -> list[dict[str, Any]]:
-    """Two parameter groups, low-rank first, with names, for any optimizer here.
+    """Parameter groups with names, for any optimizer here: low-rank first, dense last.
 
     Args:
         model: its trainable parameters are routed; tied ones once, by their first name.
         low_rank: glob patterns (`"*.mlp.*"`) of names; matrices that match take the low-rank path. Default: every
             matrix except embeddings, the output head and norms.
-        dense: patterns that stay dense whatever `low_rank` says.
+        dense: patterns that stay dense whatever `low_rank` and `vocabulary` say.
+        vocabulary: what is done with the matrices of embeddings and of the output head: `dense`, unless `low_rank`
+            names them; or `matrices`, for optimizers that take them as such (SCALE, Adafactor, CAME, SMMF, AdamW8bit).
+            These are in groups of their own, whose key `vocabulary` says which they are: `embedding`, `head`, or
+            `tied`, both.
 
     Returns:
-        `[{"params": [(name, tensor), ...]}, {"params": [...], "low_rank": False}]`, without empty groups.
+        `[{"params": [(name, tensor), ...]}, {"params": [...], "low_rank": False}]`, without empty groups; between them
+        those of the vocabulary, if they are apart.
 
     Raises:
         ValueError: a pattern that matches no trainable parameter (for `low_rank`: no matrix).
@@ -45,21 +46,25 @@ def param_groups(
     named = [(canonical_name(name), p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [(name, p) for name, p in named if p.ndim == 2]
     forced_dense = _matching(named, "dense", dense)
+    check_choice("vocabulary", vocabulary, VOCABULARIES)
+    of_vocabulary = _vocabulary_matrices(model, matrices)
     if low_rank is None:
-        vocabulary = _vocabulary_parameters(model)
-        chosen = {
-            name
-            for name, p in matrices
-            if id(p) not in vocabulary and not any(fnmatchcase(name, pattern) for pattern in DENSE_NAMES)
-        }
+        norms = {name for name, _ in matrices if _matches(name, NORM_NAMES)}
+        chosen = {name for name, _ in matrices} - set(of_vocabulary) - norms
     else:
         chosen = _matching(matrices, "low_rank", low_rank)
-    chosen -= forced_dense
-    groups: list[dict[str, Any]] = [
-        {"params": [(name, p) for name, p in named if name in chosen]},
-        {"params": [(name, p) for name, p in named if name not in chosen], "low_rank": False},
-    ]
+    apart = {} if vocabulary == "dense" else {k: v for k, v in of_vocabulary.items() if k not in forced_dense}
+    chosen -= forced_dense | set(apart)
+    groups: list[dict[str, Any]] = [{"params": [(name, p) for name, p in named if name in chosen]}]
+    for kind in ("embedding", "head", "tied"):
+        groups.append({"params": [(name, p) for name, p in named if apart.get(name) == kind], "vocabulary": kind})
+    left = [(name, p) for name, p in named if name not in chosen and name not in apart]
+    groups.append({"params": left, "low_rank": False})
     return [group for group in groups if group["params"]]
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _matching(named: Sequence[tuple[str, Tensor]], option: str, patterns: Iterable[str] | None) -> set[str]:
@@ -76,12 +81,16 @@ def _matching(named: Sequence[tuple[str, Tensor]], option: str, patterns: Iterab
     return names
 
 
-def _vocabulary_parameters(model: nn.Module) -> set[int]:
-    """Embeddings and, for transformers' models, the output head."""
-    modules: list[nn.Module] = [
-        module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    ]
-    find_head: Any = getattr(model, "get_output_embeddings", None)
-    if find_head is not None and find_head() is not None:
-        modules.append(find_head())
-    return {id(p) for module in modules for p in module.parameters()}
+def _vocabulary_matrices(model: nn.Module, matrices: Sequence[tuple[str, Tensor]]) -> dict[str, str]:
+    """By name, the matrices that are an `embedding`, the output `head`, or both, `tied`: by type, or by their name."""
+    modules = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
+    find_head: Any = getattr(model, "get_output_embeddings", None)  # of transformers' models
+    head = find_head() if find_head is not None else None
+    embeddings = {id(p) for module in modules for p in module.parameters()}
+    heads = {id(p) for p in head.parameters()} if head is not None else set()
+    for name, p in model.named_parameters(remove_duplicate=False):
+        embeddings |= {id(p)} if _matches(name, EMBEDDING_NAMES) else set()
+        heads |= {id(p)} if _matches(name, HEAD_NAMES) else set()
+    kinds = {(True, False): "embedding", (False, True): "head", (True, True): "tied"}
+    where = {name: (id(p) in embeddings, id(p) in heads) for name, p in matrices}
+    return {name: kinds[each] for name, each in where.items() if any(each)}

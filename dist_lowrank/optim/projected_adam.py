@@ -1,6 +1,7 @@
 """Adam on the coefficients of a subspace, from four named parts: subspace, moments, residual, transition.
 
-What GaLore, GoLore, Fira, FRUGAL, APOLLO and LDAdam have in common; each of them is a preset in a file of its own.
+What GaLore, GoLore, Fira, FRUGAL, APOLLO, LDAdam, SubTrack++ and Grass have in common; each of them is a preset in a
+file of its own.
 """
 
 from __future__ import annotations
@@ -11,19 +12,20 @@ from typing import Any
 import torch
 
 from dist_lowrank.dictionaries import DICTIONARIES
-from dist_lowrank.optim.columns import DictionaryColumns
 from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import LowRankOptimizer
+from dist_lowrank.optim.grassmann import Grassmann
+from dist_lowrank.optim.low_rank import LowRank
 from dist_lowrank.optim.moments import Adam
-from dist_lowrank.optim.options import check_choice, refuse
+from dist_lowrank.optim.options import ENGINE_OPTIONS, check_choice, refuse
 from dist_lowrank.optim.projections import PowerIteration, RandomizedSvd, RandomProjection, Svd, SvdThenRandom
-from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.residuals import Accumulate, Drop, GradientScaled, NormScaled, Residual, Sign
+from dist_lowrank.optim.shared_columns import columns_of
 from dist_lowrank.optim.storage import Floats, Levels, Storage
 from dist_lowrank.optim.subspace import Subspace
 
-PROJECTIONS = ("svd", "randomized_svd", "power", "svd_then_stiefel", "gaussian", "stiefel", "coordinates")
-SUBSPACES = (*PROJECTIONS, *DICTIONARIES)
+PROJECTIONS = ("svd", "randomized_svd", "power", "grassmann", "svd_then_stiefel", "gaussian", "stiefel", "coordinates")
+SUBSPACES = (*PROJECTIONS, *DICTIONARIES, "shared")
 ERROR_FEEDBACKS: Mapping[str, Storage] = {
     "error_feedback": Floats(),
     "error_feedback_bf16": Floats(torch.bfloat16),
@@ -41,8 +43,11 @@ DEFAULTS: dict[str, Any] = {
     "side": "shorter",
     "subspace": "svd",
     "refresh_interval": 200,
+    "refresh_stagger": False,
     "switch_step": None,
+    "dictionary_interval": 600,
     "rho": 0.908,
+    "grassmann_step": 10.0,
     "ranking": "l2",
     "transform": "gemm",
     "materialize": True,
@@ -50,6 +55,7 @@ DEFAULTS: dict[str, Any] = {
     "bias_correction": "step",
     "corrected_eps": True,
     "moment_dtype": None,
+    "state_dtype": None,
     "residual": "none",
     "residual_scale": 1.0,
     "residual_inside": 0.0,
@@ -60,8 +66,6 @@ DEFAULTS: dict[str, Any] = {
     "weight_rounding": "nearest",
     "seed": 0,
 }
-# Of the engine, not of a parameter group.
-ENGINE_OPTIONS = ("process_group", "workspace_bytes", "verify_every", "agree_on_gradients")
 
 
 class ProjectedAdam(LowRankOptimizer):
@@ -73,10 +77,13 @@ class ProjectedAdam(LowRankOptimizer):
         alpha: factor of the lifted direction, but not of what the residual adds.
         side: as `DCTAdamW`'s; `shorter_left` sends square matrices left.
         subspace: `svd`; `randomized_svd`; `power`, one power iteration from the subspace before, on `rho` of momentum
-            and `1 - rho` of gradient; `gaussian`, `stiefel`, `coordinates`, drawn at random; `svd_then_stiefel`, drawn
-            from `switch_step` on; or the columns of most energy of a dictionary, `dct2`, `dct3`, `hadamard`, `random`,
-            `identity` (with `ranking`, `transform`, `materialize` as `DCTAdamW`'s).
+            and `1 - rho` of gradient; `grassmann`, the subspace before, turned by `grassmann_step` towards what it
+            misses; `gaussian`, `stiefel`, `coordinates`, drawn at random; `svd_then_stiefel`, drawn from `switch_step`
+            on; or the columns of most energy of a dictionary, `dct2`, `dct3`, `hadamard`, `random`,
+            `identity` (with `ranking`, `transform`, `materialize` as `DCTAdamW`'s), `shared` (which changes every
+            `dictionary_interval` steps, a multiple of refresh_interval).
         refresh_interval: T; directions are chosen at steps 1, T + 1, 2 T + 1, ...
+        refresh_stagger: as `DCTAdamW`'s.
         transition: of the moments when the directions change: `keep`, `move`, `reset`, `move_variance`.
         bias_correction: by the `step`, or by the age of each direction, `choice`.
         corrected_eps: add eps to the bias-corrected root of the second moment, as torch's AdamW; False: to the root
@@ -89,7 +96,7 @@ class ProjectedAdam(LowRankOptimizer):
         residual_limit: how much the norm of a scaled residual may grow in a step; 0: without limit.
         return_momentum: what of the momentum the new directions lack goes to the error feedback.
         decay_last: decay the updated weights; False: the weights before the update, as torch's AdamW.
-        moment_dtype, weight_rounding, seed: as `DCTAdamW`'s.
+        moment_dtype, state_dtype, weight_rounding, seed: as `DCTAdamW`'s.
         process_group, workspace_bytes, verify_every, agree_on_gradients: as `DCTAdamW`'s.
 
     Raises:
@@ -102,16 +109,14 @@ class ProjectedAdam(LowRankOptimizer):
             check_choice("option", name, tuple(DEFAULTS))
         super().__init__(params, DEFAULTS | options, **engine)
 
-    def recipe(self, group: dict[str, Any]) -> Recipe:
+    def recipe(self, group: dict[str, Any]) -> LowRank:
         check_choice("moment_dtype", group["moment_dtype"], (None, torch.float32, torch.bfloat16, torch.int8))
         check_choice("bias_correction", group["bias_correction"], ("step", "choice"))
         by_age = group["bias_correction"] == "choice"
-        if by_age and group["transition"] != "reset" and group["subspace"] in PROJECTIONS:
-            # Directions of a projection turn into each other, so that none has an age.
-            raise refuse("bias_correction", "choice", f"'step' with subspace={group['subspace']!r}, or 'reset'")
+        _check_parts(group)
         same = ("lr", "weight_decay", "rank", "side", "seed", "weight_rounding", "refresh_interval", "transition")
-        return Recipe(
-            **{key: group[key] for key in (*same, "alpha", "decay_last", "return_momentum")},
+        return LowRank(
+            **{key: group[key] for key in (*same, "alpha", "decay_last", "return_momentum", "refresh_stagger")},
             refresh_after_first=True,
             subspace=_subspace(group),
             moments=Adam(group["betas"], group["eps"], by_age, group["moment_dtype"], group["corrected_eps"]),
@@ -123,15 +128,40 @@ class ProjectedAdam(LowRankOptimizer):
         return DenseOptions(**{key: group[key] for key in keys})
 
 
+def _check_parts(group: Mapping[str, Any]) -> None:
+    """Refuses parts that contradict each other."""
+    subspace, transition, residual = group["subspace"], group["transition"], group["residual"]
+    if group["bias_correction"] == "choice" and transition != "reset" and subspace in (*PROJECTIONS, "shared"):
+        # Directions of a projection turn into each other, so that none has an age.
+        raise refuse("bias_correction", "choice", f"'step' with subspace={subspace!r}, or 'reset'")
+    if group["bias_correction"] == "choice" and transition == "move_variance":
+        raise refuse(
+            "transition",
+            transition,
+            "keep, move, reset with bias_correction='choice' (the variance is that of moments corrected by the step)",
+        )
+    if subspace == "gaussian" and residual in (*ERROR_FEEDBACKS, "sign", "norm_scaled"):
+        raise refuse(
+            "residual",
+            residual,
+            "none, gradient_scaled with subspace='gaussian', whose vectors are not orthonormal, so that A - A P P^T is "
+            "not what is outside of it (subspace='stiefel' is random and orthonormal)",
+        )
+    if group["switch_step"] is not None and subspace != "svd_then_stiefel":
+        raise refuse("switch_step", group["switch_step"], f"None with subspace={subspace!r}, which never switches")
+
+
 def _subspace(group: Mapping[str, Any]) -> Subspace:
     name = group["subspace"]
     check_choice("subspace", name, SUBSPACES)
-    if name in DICTIONARIES:
-        return DictionaryColumns(name, group["ranking"], group["transform"], group["materialize"], group["seed"])
+    if name in (*DICTIONARIES, "shared"):
+        return columns_of(name, group)
     if name == "svd_then_stiefel":
         return SvdThenRandom(group["switch_step"])
     if name == "power":
         return PowerIteration(group["rho"])
+    if name == "grassmann":
+        return Grassmann(group["grassmann_step"])
     kinds = {"gaussian": "gaussian", "stiefel": "orthonormal", "coordinates": "coordinates"}
     return RandomProjection(kinds[name]) if name in kinds else Svd() if name == "svd" else RandomizedSvd()
 

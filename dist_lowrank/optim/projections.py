@@ -5,7 +5,7 @@ How one is chosen without gathering a gradient: by a statistic that adds up over
 - `Svd`: the right singular vectors of the tall form are eigenvectors of its Gram matrix, `A^T A`, n x n.
 - `RandomizedSvd`: a range finder, `A^T (A V)`, n x k in each round, then a k x k Gram matrix.
 - `RandomProjection`: nothing; random numbers that belong to seed, parameter name and number of the choice.
-- `PowerIteration`: one product `B^T (B P)`, n x r, from the basis before.
+- `PowerIteration`: one product `B^T (B P)`, n x r, from the basis before (as `Grassmann`, in a file of its own).
 
 Vectors come in descending order with their largest-magnitude entry positive (the first of equals), so that moments
 that are kept mean the same everywhere.
@@ -89,8 +89,8 @@ class Rotation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
-    """What the projections that are kept in the state have in common."""
+class StoredProjection:
+    """What projections that are kept in the state have in common; subclasses say how they are chosen."""
 
     uses_momentum: ClassVar[bool] = False
 
@@ -104,14 +104,14 @@ class _Stored:
         return rows
 
     def stored(self, state: Mapping[str, Tensor], place: Place) -> Projection:
-        return Projection(state["projection"])
+        return Projection(state["projection"].to(place.dtype))
 
     def store(self, basis: Projection, state: Mapping[str, Tensor]) -> None:
         state["projection"].copy_(basis.vectors)
 
 
 @dataclass(frozen=True, slots=True)
-class Svd(_Stored):
+class Svd(StoredProjection):
     """The r right singular vectors of the tall form with the largest singular values.
 
     From the Gram matrix, summed in the dtype of the rows and decomposed in float64. Its eigenvalues are squares of
@@ -139,7 +139,7 @@ class Svd(_Stored):
 
 
 @dataclass(frozen=True, slots=True)
-class RandomizedSvd(_Stored):
+class RandomizedSvd(StoredProjection):
     """The same by a randomized range finder with power iterations (arXiv 0909.4061, algorithm 4.4)."""
 
     power_iterations: int = 2
@@ -172,7 +172,7 @@ class RandomizedSvd(_Stored):
 
 
 @dataclass(frozen=True, slots=True)
-class PowerIteration(_Stored):
+class PowerIteration(StoredProjection):
     """One block power iteration from the basis before, on a mean of momentum and gradient (LDAdam, arXiv 2410.16103).
 
     `B = rho m P^T + (1 - rho) A`, `P <- qr(B^T (B P))`; the first basis is the SVD's.
@@ -197,7 +197,7 @@ class PowerIteration(_Stored):
         if number == 0:
             return (yield from Svd().choose(coordinates, state, place, number, mean))
         assert mean is not None
-        vectors = state["projection"]
+        vectors = state["projection"].to(place.dtype)
         rows = torch.addmm(coordinates, mean, vectors.t(), beta=1 - self.rho, alpha=self.rho)[place.owned]
         product = yield rows.t() @ (rows @ vectors)
         # No order is lost: QR keeps the span of each leading block. Its signs are fixed, so that bases are continuous.
@@ -255,11 +255,11 @@ class RandomProjection:
         drawn = gaussian(place, "projection", number, rank)
         if self.kind == "gaussian":
             return drawn / math.sqrt(rank)
-        return _orthonormal(drawn).to(place.dtype)
+        return orthonormal(drawn).to(place.dtype)
 
 
 @dataclass(frozen=True, slots=True)
-class SvdThenRandom(_Stored):
+class SvdThenRandom(StoredProjection):
     """The SVD's subspace, and from a step on random ones (GoLore, arXiv 2410.11289)."""
 
     switch_step: int
@@ -278,13 +278,16 @@ class SvdThenRandom(_Stored):
     ) -> Rule[Choice]:
         if place.random.step < self.switch_step:
             return (yield from Svd().choose(coordinates, state, place, number, mean))
-        return _chosen(_orthonormal(gaussian(place, "projection", number, place.form.rank)), place, None)
+        return _chosen(orthonormal(gaussian(place, "projection", number, place.form.rank)), place, None)
 
 
-def _orthonormal(drawn: Tensor) -> Tensor:
-    """Uniform on the Stiefel manifold, from independent normal numbers (n, r); float64."""
-    q, r = torch.linalg.qr(drawn.double())
-    return torch.mul(q, torch.where(r.diagonal() < 0, -1.0, 1.0))  # with a positive diagonal the factor is unique
+def orthonormal(vectors: Tensor) -> Tensor:
+    """The QR factor of (n, r) whose diagonal is positive, which is unique; float64.
+
+    Of independent normal numbers it is uniform on the Stiefel manifold; of an orthonormal matrix it is the matrix.
+    """
+    q, r = torch.linalg.qr(vectors.double())
+    return torch.mul(q, torch.where(r.diagonal() < 0, -1.0, 1.0))
 
 
 def gaussian(place: Place, purpose: str, number: int, columns: int) -> Tensor:
@@ -302,6 +305,10 @@ def _bits(place: Place, purpose: str, number: int) -> RandomBits:
 
 
 def _chosen(vectors: Tensor, place: Place, captured: Tensor | None) -> Choice:
+    return Choice(Projection(with_fixed_signs(vectors).to(place.dtype)), captured)
+
+
+def with_fixed_signs(vectors: Tensor) -> Tensor:
+    """Columns (n, r) whose entry of largest magnitude is positive, the first of equals."""
     largest = vectors.abs().argmax(dim=0, keepdim=True)
-    signs = torch.where(vectors.gather(0, largest) < 0, -1.0, 1.0)
-    return Choice(Projection((vectors * signs).to(place.dtype)), captured)
+    return vectors * torch.where(vectors.gather(0, largest) < 0, -1.0, 1.0)

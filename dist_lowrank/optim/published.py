@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+_GALORE: dict[str, Any] = {
+    "lr": 0.01,
+    "betas": (0.9, 0.999),
+    "eps": 1e-6,
+    "weight_decay": 0.0,
+    "side": "shorter",
+    "refresh_interval": 200,
+    "alpha": 0.25,
+    "transition": "keep",
+    "corrected_eps": False,
+    "decay_last": True,
+}
+_APOLLO: dict[str, Any] = {**_GALORE, "alpha": 1.0, "subspace": "gaussian", "residual_limit": 1.01}
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "dct_adamw": {
         "betas": (0.9, 0.999),
@@ -29,17 +42,45 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "dense_betas": (0.9, 0.95),
         "dense_eps": 1e-10,
     },
+    "galore": _GALORE,
+    "golore": {**_GALORE, "lr": 1e-3},
+    "fira": {**_GALORE, "residual_inside": 0.75, "residual_limit": 1.01},
+    "apollo": {**_APOLLO, "residual_per": "channel", "residual_scale": 1.0},
+    "apollo_mini": {**_APOLLO, "rank": 1, "residual_per": "tensor", "residual_scale": 128.0},
+    "subtrack": {
+        **_GALORE,
+        "lr": 1e-3,
+        "transition": "move_variance",
+        "grassmann_step": 10.0,
+        "residual_inside": 0.75,
+        "residual_limit": 1.01,
+    },
+    "grass": {**_GALORE, "transition": "reset", "corrected_eps": True, "decay_last": False},
 }
 
 
 def published(name: str) -> dict[str, Any]:
-    """Options that follow the code published with arXiv 2505.17967 (`ISTA-DASLab-Optimizers`, `fft_low_rank`).
+    """Options that follow the code that the authors of an optimizer published.
 
     `DCTAdamW(params, lr=1e-3, rank=128, **published("dct_adamw"))`; later keys of a dict change single ones:
-    `{**published("dct_adamw"), "transition": "move"}`. The command line's are `optimizer=dct_adamw_published` and
-    `optimizer=trion_published`.
+    `{**published("dct_adamw"), "transition": "move"}`. The command line's are `optimizer=dct_adamw_published` and so
+    on. Ranks are given only where they are part of the method.
 
-    What differs from this package's defaults:
+    What differs from this package's defaults, for GaLore and its relatives:
+
+    - `galore`, `golore`, `fira`, `apollo`, `apollo_mini`, `subtrack`: `decay_last=True`: the weights that were updated
+      are decayed.
+    - `galore`, `golore`: `corrected_eps=False`: eps 1e-6 is added to the root of v before bias correction, so that it
+      counts 30 times as much at the first step. (The others of them compare the direction with the gradient before
+      correction in their papers too: there it is the default.)
+    - `galore`, `golore`, `fira`: `transition="keep"`: moments stay where they are while the directions under them turn
+      (`golore`'s code means to move the first, and drops the result).
+    - `fira`, `subtrack`: `residual_inside=0.75`, which is 1 - alpha (at 1B and 7B, with alpha 0.0625, 0.9375): the
+      residual keeps that part of what is inside the subspace.
+    - `grass`: `transition="reset"`, by the paper, whose code was not published.
+    - No difference: `frugal`, `ldadam` (and GaLore 2, of which there is no code), which are not offered here.
+
+    For `dct_adamw` and `trion` (arXiv 2505.17967, `ISTA-DASLab-Optimizers`, `fft_low_rank`):
 
     - both: `ranking="l1"`, which has no `1 - r/n` bound, and `dictionary="dct3"`, what the code's matrix product
       uses (its FFT computes `dct2`: another optimizer).
@@ -52,9 +93,11 @@ def published(name: str) -> dict[str, Any]:
 
     What no option reproduces:
 
-    - the code leaves the order of the chosen columns open, so with `"keep"` its moments mix differently at every call;
-      ours ascend, with ties to the lowest index;
-    - scores, moments and error feedback in the dtype of the parameters, Newton-Schulz in bfloat16: ours are float32;
+    - `subtrack`: see `SubTrack`;
+    - `dct_adamw`, `trion`: the code leaves the order of the chosen columns open, so with `"keep"` its moments mix
+      differently at every call; ours ascend, with ties to the lowest index;
+    - both: scores, moments and error feedback in the dtype of the parameters, Newton-Schulz in bfloat16: ours are
+      float32;
     - `dct_adamw` compresses axis 1 of matrices of 512 or 1024 rows and 3584 or 4096 columns (`side="right"` in a group
       of their own does so), and sends matrices with a side of 32000 or more to AdamW (a group with `low_rank=False`);
       `trion` takes `dct2` for wide matrices (so does `dictionary="dct2"` in a group of their own).

@@ -35,6 +35,12 @@ class Residual(Protocol):
     def store(self, coordinates: Tensor, basis: Basis, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
         """Stores what is left of the sum (l, n) after its `coefficients` (l, r) on the basis were used."""
 
+    def stored(self, state: Mapping[str, Tensor], n: int, dtype: torch.dtype) -> Tensor | None:
+        """What is stored, in coordinates (l, n), not to be modified; None: nothing is, ever."""
+
+    def turn(self, rotation: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Takes what is stored to other coordinates, `E <- E rotation`, from (l, n) to (l, n)."""
+
     def statistics(self, form: TallForm) -> list[int]:
         """By round: the number of elements of what `weights` yields."""
 
@@ -72,6 +78,12 @@ class Drop:
         return coordinates
 
     def store(self, coordinates: Tensor, basis: Basis, coefficients: Tensor, state: Mapping[str, Tensor]) -> None:
+        pass
+
+    def stored(self, state: Mapping[str, Tensor], n: int, dtype: torch.dtype) -> Tensor | None:
+        return None
+
+    def turn(self, rotation: Tensor, state: Mapping[str, Tensor]) -> None:
         pass
 
     def statistics(self, form: TallForm) -> list[int]:
@@ -122,6 +134,13 @@ class Accumulate(Drop):
         basis.replace(coordinates, coefficients, self.keep)
         self.storage.write(self.name, coordinates, state)
 
+    def stored(self, state: Mapping[str, Tensor], n: int, dtype: torch.dtype) -> Tensor | None:
+        return self.storage.read(self.name, state, n, dtype)
+
+    def turn(self, rotation: Tensor, state: Mapping[str, Tensor]) -> None:
+        before = self.storage.read(self.name, state, len(rotation), rotation.dtype)
+        self.storage.write(self.name, before @ rotation, state)
+
 
 @dataclass(frozen=True, slots=True)
 class Sign(Drop):
@@ -166,7 +185,8 @@ class _Limited(Drop):
         check_number("residual_limit", self.limit)
 
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
-        return {"residual_norm": StateTensor(1, dtype, "other_state", sharded=False)} if self.limit else {}
+        wide = torch.promote_types(dtype, torch.float32)  # bfloat16 does not resolve the limit
+        return {"residual_norm": StateTensor(1, wide, "other_state", sharded=False)} if self.limit else {}
 
     def limited(self, norm: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """The factor under which the norm, (), stays within the limit."""

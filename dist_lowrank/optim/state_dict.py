@@ -19,11 +19,13 @@ STRUCTURAL_OPTIONS = (
     "bias_correction",
     "side",
     "moment_dtype",
+    "state_dtype",
     "error_feedback",
     "low_rank",
     "higher_dims",
     "split",
     "split_dim",
+    "role",
 )
 
 

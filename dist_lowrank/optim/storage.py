@@ -15,9 +15,11 @@ from torch import Tensor
 
 from dist_lowrank.optim.quantization import (
     code_columns,
+    from_dynamic,
     from_geometric,
     from_levels,
     scale_columns,
+    to_dynamic,
     to_geometric,
     to_levels,
 )
@@ -97,5 +99,27 @@ class Geometric:
         for rows in row_chunks(*numbers.shape):
             chunk = numbers[rows]
             codes, scales = to_geometric(chunk, noise.uniform(name, rows, chunk), signed=self.signed)
+            state[name][rows].copy_(codes)
+            state[f"{name}_scales"][rows].copy_(scales)
+
+
+@dataclass(frozen=True, slots=True)
+class Dynamic:
+    """As 8-bit codes that are dense near the largest magnitude, one scale per row and 256 columns."""
+
+    signed: bool
+
+    def state(self, name: str, columns: int, dtype: torch.dtype, cause: str) -> dict[str, StateTensor]:
+        return {
+            name: StateTensor(columns, torch.uint8, cause),
+            f"{name}_scales": StateTensor(scale_columns(columns), torch.float32, cause),
+        }
+
+    def read(self, name: str, state: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Tensor:
+        return from_dynamic(state[name], state[f"{name}_scales"], self.signed, dtype)
+
+    def write(self, name: str, numbers: Tensor, state: Mapping[str, Tensor], noise: RowNoise | None = None) -> None:
+        for rows in row_chunks(*numbers.shape):
+            codes, scales = to_dynamic(numbers[rows], signed=self.signed)
             state[name][rows].copy_(codes)
             state[f"{name}_scales"][rows].copy_(scales)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_lowrank.dictionaries import DictionaryCache
+from dist_lowrank.optim.roles import Role
 from dist_lowrank.optim.rounding import RandomBits
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.sharding.layouts import TallForm
@@ -35,7 +36,16 @@ class Change(Protocol):
         """Adds what of a momentum (l, r) on the old directions the new ones lack to coordinates (l, n), in place."""
 
 
-class Basis(Protocol):
+class Lift(Protocol):
+    """From coefficients to rows."""
+
+    def add_lifted(
+        self, target: Tensor, coefficients: Tensor, *, decay: float, scale: float, columns: slice = slice(None)
+    ) -> None:
+        """In place: `target = decay * target + scale * lifted[:, columns]`, from (l, r) to (l, width of columns)."""
+
+
+class Basis(Lift, Protocol):
     """The chosen directions of one matrix."""
 
     def take(self, coordinates: Tensor) -> Tensor:
@@ -46,11 +56,6 @@ class Basis(Protocol):
 
     def replace(self, coordinates: Tensor, coefficients: Tensor, keep: float) -> None:
         """In place: coordinates whose `coefficients` were taken keep the `keep`-th part of them."""
-
-    def add_lifted(
-        self, target: Tensor, coefficients: Tensor, *, decay: float, scale: float, columns: slice = slice(None)
-    ) -> None:
-        """In place: `target = decay * target + scale * lifted[:, columns]`, from (l, r) to (l, width of columns)."""
 
     def change_from(self, previous: Any) -> Change: ...
 
@@ -75,6 +80,12 @@ class Place:
     cache: DictionaryCache
     random: RandomBits  # of the matrix; the subspace names step and purpose
     owned: slice  # of this rank's rows, those that count in sums
+    role: Role | None = None  # with a dictionary of its own
+
+    @property
+    def new_dictionary(self) -> bool:
+        """Whether the dictionary to choose from is not the one that the stored choice belongs to."""
+        return self.role is not None and self.role.previous is not None
 
 
 class Subspace(Protocol):

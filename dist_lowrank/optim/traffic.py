@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,23 @@ from torch import Tensor
 
 from dist_lowrank.optim.binding import BoundMatrix, BoundParameter
 from dist_lowrank.optim.engine import LowRankOptimizer
+from dist_lowrank.optim.recipe import Sum, Whole
+from dist_lowrank.optim.shared_dictionary import kept_bytes, learning_waves
 from dist_lowrank.optim.wave import Job, cut_waves
 from dist_lowrank.sharding.layouts import local
+from dist_lowrank.sharding.rounds import owners, work
 
-PURPOSES = ("agreement", "rows", "sums", "coefficients", "updates", "verification")
+PURPOSES = (
+    "agreement",
+    "rows",
+    "traces",
+    "dictionaries",
+    "sums",
+    "whole matrices",
+    "coefficients",
+    "updates",
+    "verification",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +54,12 @@ class Collective:
 
 
 def collectives_of_step(
-    optimizer: LowRankOptimizer, *, refresh: bool = True, verification: bool = False
+    optimizer: LowRankOptimizer,
+    *,
+    refresh: bool = True,
+    step: int | None = None,
+    verification: bool = False,
+    dictionaries: bool = False,
 ) -> list[Collective]:
     """The collectives of one step in which every parameter has a gradient, in order.
 
@@ -49,18 +68,20 @@ def collectives_of_step(
 
     Args:
         refresh: every matrix chooses its columns at this step; otherwise those alone that do so at each.
+        step: its number, which says of each matrix whether it chooses (with `refresh_stagger`, some do), in place of
+            `refresh`.
         verification: the columns of all matrices are compared at this step (see `verify_every`).
+        dictionaries: those that matrices share change at this step, at which every matrix chooses.
     """
-    bound = [parameter for members in optimizer.bind() for parameter in members]
-    jobs = [
-        (matrix, recipe)
-        for group, members in zip(optimizer.param_groups, optimizer.bind(), strict=True)
-        for recipe in [optimizer.recipe(group)]
-        for parameter in members
-        for matrix in parameter.matrices
-    ]
+    bound, jobs = [parameter for members in optimizer.bind() for parameter in members], _jobs(optimizer)
     collectives = list(_of_agreement(bound)) if optimizer.agree_on_gradients else []
-    collectives += [each for wave in cut_waves(jobs, optimizer.workspace_bytes) for each in _of_wave(wave, refresh)]
+    workspace_bytes = optimizer.workspace_bytes
+    if dictionaries:
+        collectives += collectives_of_dictionaries(optimizer)
+        refresh, step = True, None
+        workspace_bytes -= kept_bytes(matrix for matrix, _ in jobs)
+    for wave in cut_waves(jobs, workspace_bytes):
+        collectives += _of_wave(wave, refresh, step)
     if verification:
         collectives += _of_verification([matrix for matrix, _ in jobs])
     return collectives
@@ -74,30 +95,87 @@ def _of_agreement(parameters: Sequence[BoundParameter]) -> Iterator[Collective]:
             yield Collective("agreement", "all_reduce", torch.uint8, size * groups.count(group))
 
 
-def _of_wave(wave: Sequence[Job], refresh: bool) -> Iterator[Collective]:
+def collectives_of_dictionaries(optimizer: LowRankOptimizer) -> list[Collective]:
+    """Those that a step in which shared dictionaries change has beside what it has anyway."""
+    jobs = [(matrix, recipe) for matrix, recipe in _jobs(optimizer) if matrix.role is not None]
+    workspace_bytes = optimizer.workspace_bytes - kept_bytes(matrix for matrix, _ in jobs)
+    collectives: list[Collective] = []
+    for roles, waves in learning_waves(jobs, workspace_bytes):
+        for wave in waves:
+            matrices = [matrix for matrix, _ in wave if matrix.present]
+            fetched = [(matrix, _fetched(matrix), matrix.dtype) for matrix in matrices if matrix.layout.exchanges]
+            collectives += _fused("rows", "all_to_all", fetched)
+            summed = [(matrix, 1, matrix.dtype) for matrix in matrices if matrix.layout.group is not None]
+            collectives += _fused("traces", "all_reduce", summed)
+        by_channel: dict[tuple[Any, ...], int] = {}
+        for role in roles:
+            by_channel[role.channel] = by_channel.get(role.channel, 0) + role.n**2
+        for (groups, dtype, _), elements in by_channel.items():
+            collectives += [Collective("dictionaries", "all_reduce", dtype, elements)] * len(groups)
+    return collectives
+
+
+def _jobs(optimizer: LowRankOptimizer) -> list[Job]:
+    return [
+        (matrix, recipe.at(matrix.position))
+        for group, members in zip(optimizer.param_groups, optimizer.bind(), strict=True)
+        for recipe in [optimizer.recipe(group)]
+        for parameter in members
+        for matrix in parameter.matrices
+    ]
+
+
+def _of_wave(wave: Sequence[Job], refresh: bool, step: int | None) -> Iterator[Collective]:
     wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
     matrices = [matrix for matrix, _ in wave]
-    fetched = [(matrix, _fetched(matrix)) for matrix in matrices if matrix.layout.exchanges]
+    fetched = [(matrix, _fetched(matrix), matrix.dtype) for matrix in matrices if matrix.layout.exchanges]
     yield from _fused("rows", "all_to_all", fetched)
-    statistics = [
-        recipe.statistics(matrix.layout.form, refresh or recipe.refresh_interval == 1) for matrix, recipe in wave
+    rounds = [
+        recipe.rounds(matrix.layout.form, refresh if step is None else recipe.refreshes(step))
+        for matrix, recipe in wave
     ]
-    for sizes in zip_longest(*statistics):  # by round; None: the rule has ended
-        summed = [
-            (matrix, size)
+    for sizes in zip_longest(*rounds):  # by round; None: the rule has ended
+        shared = [
+            (matrix, Sum(size, matrix.dtype) if isinstance(size, int) else size)
             for matrix, size in zip(matrices, sizes, strict=True)
-            if size is not None and matrix.layout.group is not None
+            if matrix.layout.group is not None
         ]
-        yield from _fused("sums", "all_reduce", summed)
+        sums = [(matrix, size.elements, size.dtype) for matrix, size in shared if isinstance(size, Sum)]
+        yield from _fused("sums", "all_reduce", sums)
+        yield from _to_owners([(matrix, size) for matrix, size in shared if isinstance(size, Whole)])
     deliveries = [matrix.layout.delivery(recipe.full_rows) for matrix, recipe in wave]
     gathered = [
-        (matrix, matrix.layout.largest_block * recipe.columns_delivered(matrix.layout.form))  # short blocks are padded
+        # Short blocks are padded.
+        (matrix, matrix.layout.largest_block * recipe.columns_delivered(matrix.layout.form), matrix.dtype)
         for (matrix, recipe), delivery in zip(wave, deliveries, strict=True)
         if delivery == "coefficients"
     ]
     yield from _fused("coefficients", "all_gather", gathered)
-    returned = [(matrix, _returned(matrix)) for matrix, d in zip(matrices, deliveries, strict=True) if d == "rows"]
+    returned = [
+        (matrix, _returned(matrix), matrix.dtype)
+        for matrix, delivery in zip(matrices, deliveries, strict=True)
+        if delivery == "rows"
+    ]
     yield from _fused("updates", "all_to_all", returned)
+
+
+def _to_owners(matrices: Sequence[tuple[BoundMatrix, Whole]]) -> Iterator[Collective]:
+    """The two exchanges of a round in which owners get whole matrices: there, and back."""
+    by_channel: dict[Any, list[tuple[BoundMatrix, int]]] = {}
+    for matrix, whole in matrices:
+        channel = (matrix.layout.group, whole.dtype or matrix.dtype, local(matrix.parameter).device)
+        by_channel.setdefault(channel, []).append((matrix, whole.columns))
+    for (group, dtype, _), members in by_channel.items():
+        rank, sent, returned = dist.get_rank(group), 0, 0
+        shapes = [(matrix.layout.form.rows, columns) for matrix, columns in members]
+        owner = owners([work(*shape) for shape in shapes], dist.get_world_size(group))
+        for (matrix, columns), owned_by in zip(members, owner, strict=True):
+            start, stop = matrix.layout.owned_by_rank()[rank]
+            sent += (stop - start) * columns
+            if owned_by == rank:
+                returned += sum(last - first for first, last in matrix.layout.rows_by_rank()) * columns
+        yield Collective("whole matrices", "all_to_all", dtype, sent)
+        yield Collective("whole matrices", "all_to_all", dtype, returned)
 
 
 def _of_verification(matrices: Sequence[BoundMatrix]) -> Iterator[Collective]:
@@ -109,11 +187,11 @@ def _of_verification(matrices: Sequence[BoundMatrix]) -> Iterator[Collective]:
         yield Collective("verification", "all_gather", torch.int64, count)
 
 
-def _fused(purpose: str, operation: str, sent: Sequence[tuple[BoundMatrix, int]]) -> Iterator[Collective]:
+def _fused(purpose: str, operation: str, sent: Sequence[tuple[BoundMatrix, int, torch.dtype]]) -> Iterator[Collective]:
     """One collective per process group, dtype and device, from the elements that each matrix puts in it."""
     totals: dict[tuple[dist.ProcessGroup | None, torch.dtype, torch.device], int] = {}
-    for matrix, elements in sent:
-        channel = (matrix.layout.group, matrix.dtype, local(matrix.parameter).device)
+    for matrix, elements, dtype in sent:
+        channel = (matrix.layout.group, dtype, local(matrix.parameter).device)
         totals[channel] = totals.get(channel, 0) + elements
     for (_, dtype, _), total in totals.items():
         yield Collective(purpose, operation, dtype, total)

@@ -9,11 +9,25 @@ Both are bounds, from what all ranks know; `tests/test_transient_memory.py` meas
 
 from __future__ import annotations
 
+import torch
+
 from dist_lowrank.optim.binding import BoundMatrix
-from dist_lowrank.optim.recipe import Recipe
+from dist_lowrank.optim.recipe import Recipe, Sum, Whole
 from dist_lowrank.optim.rounding import CHUNK_ELEMENTS
+from dist_lowrank.sharding.layouts import TallForm
 
 _NOISE_BYTES = 48  # per element that is rounded at random, of which CHUNK_ELEMENTS at once: 64-bit hashes of positions
+
+
+def largest_sum_bytes(recipe: Recipe, form: TallForm, dtype: torch.dtype) -> int:
+    """Of the largest sum over ranks in the rule of a matrix whose update is computed in `dtype`."""
+    sums = [Sum(each, dtype) if isinstance(each, int) else each for each in recipe.rounds(form, refresh=True)]
+    return max((each.elements * each.dtype.itemsize for each in sums if isinstance(each, Sum)), default=0)
+
+
+def whole_columns(recipe: Recipe, form: TallForm) -> int:
+    """Columns of the widest matrix that an owner gets whole; 0 if none does."""
+    return max((each.columns for each in recipe.rounds(form, refresh=True) if isinstance(each, Whole)), default=0)
 
 
 def held_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
@@ -29,8 +43,12 @@ def held_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
         phases.append(3 * coefficients + 2 * form.rank * form.rows)  # received and put together
     elif delivery == "rows":
         phases.append(coefficients + 3 * rows + part)  # lifted, cut and sent; received
-    sums = 3 * max(recipe.statistics(form, refresh=True), default=0)  # this rank's, packed, received
-    return (max(phases) + sums) * matrix.dtype.itemsize
+    if whole := whole_columns(recipe, form):
+        # Sent, received, stacked and computed. Owners have their share of all matrices of the wave, and at most one
+        # more, which is in the scratch.
+        phases[0] += (2 * layout.largest_block + 5 * -(-form.rows // layout.group_size)) * whole
+    sums_bytes = 3 * largest_sum_bytes(recipe, form, matrix.dtype)  # this rank's, packed, received
+    return max(phases) * matrix.dtype.itemsize + sums_bytes
 
 
 def scratch_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
@@ -38,8 +56,8 @@ def scratch_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
     layout, form = matrix.layout, matrix.layout.form
     rows, part = form.n * layout.largest_block, layout.largest_part
     coefficients = form.rank * layout.largest_block
-    sums = max(recipe.statistics(form, refresh=True), default=0)
-    state = [spec for spec in recipe.state(form, matrix.dtype).values() if spec.sharded]
+    sums = largest_sum_bytes(recipe, form, matrix.dtype) // matrix.dtype.itemsize
+    state = [spec for spec in matrix.specs.values() if spec.sharded]
     converted = any(spec.dtype != matrix.dtype for spec in state)  # read and written through copies
     choosing = (3 if converted else 1) * rows  # coordinates beside what they are made of; squared
     inside = 6 * coefficients + 5 * sums  # moments, parts of the direction; powers of a Gram matrix
@@ -49,9 +67,9 @@ def scratch_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
         applying += part  # the weight in the dtype of the arithmetic; the update put together
     if recipe.full_rows:
         applying += 3 * max(rows, part)  # what the residual adds, its part inside the subspace, weighted
-    elements = max(choosing, inside, applying)
+    elements = max(choosing, inside, applying) + 5 * form.rows * whole_columns(recipe, form)
     at_random = any(spec.cause == "moments" and spec.dtype.itemsize == 1 for spec in state)
     rounded = part if narrow and recipe.weight_rounding == "stochastic" else coefficients if at_random else 0
     chunks = _NOISE_BYTES * min(rounded, CHUNK_ELEMENTS)
-    chunks += 4 * recipe.subspace.scratch_elements(form)
+    chunks += 4 * recipe.scratch_elements(form)
     return elements * matrix.dtype.itemsize + chunks

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_lowrank.optim.dense import DenseOptions
+from dist_lowrank.optim.dense import DenseOptions, scheduled_dense_options
 from dist_lowrank.optim.engine import VERIFY_EVERY, WORKSPACE_BYTES, LowRankOptimizer
+from dist_lowrank.optim.low_rank import LowRank, column_options
 from dist_lowrank.optim.moments import NewtonSchulz
-from dist_lowrank.optim.recipe import Recipe, column_options
 from dist_lowrank.optim.residuals import Accumulate
 
 
@@ -30,8 +30,9 @@ class Trion(LowRankOptimizer):
     Args:
         params: tensors, named tensors or groups; every option can differ per group.
         lr, momentum, weight_decay: of matrices. `weight_decay` also holds for the dense path.
-        rank, dictionary, transform, materialize, ranking, side, weight_rounding, seed, process_group, workspace_bytes,
-            verify_every, agree_on_gradients: as `DCTAdamW`'s. Columns are chosen at every step.
+        rank, dictionary, dictionary_interval, transform, materialize, ranking, side, state_dtype, weight_rounding,
+            seed, process_group, workspace_bytes, verify_every, agree_on_gradients: as `DCTAdamW`'s. Columns are
+            chosen at every step.
         newton_schulz_steps: quintic steps with coefficients (3.4445, -4.7750, 2.0315).
         scale: of the step: `spectral`, max(1, sqrt(R / C)); `match_rms_adamw`, 0.2 sqrt(max(R, C)); `none`, 1.
         dense_lr, dense_betas, dense_eps: of AdamW on the dense path. Schedulers change `lr`; `dense_lr` follows in
@@ -50,6 +51,7 @@ class Trion(LowRankOptimizer):
         *,
         rank: int | float = 0.25,
         dictionary: str = "dct2",
+        dictionary_interval: int = 500,
         transform: str = "gemm",
         materialize: bool = True,
         ranking: str = "l2",
@@ -59,6 +61,7 @@ class Trion(LowRankOptimizer):
         dense_lr: float = 3e-4,
         dense_betas: tuple[float, float] = (0.9, 0.95),
         dense_eps: float = 1e-8,
+        state_dtype: str | None = None,
         weight_rounding: str = "nearest",
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
@@ -72,6 +75,7 @@ class Trion(LowRankOptimizer):
             "weight_decay": weight_decay,
             "rank": rank,
             "dictionary": dictionary,
+            "dictionary_interval": dictionary_interval,
             "transform": transform,
             "materialize": materialize,
             "ranking": ranking,
@@ -81,6 +85,7 @@ class Trion(LowRankOptimizer):
             "dense_lr": dense_lr,
             "dense_betas": dense_betas,
             "dense_eps": dense_eps,
+            "state_dtype": state_dtype,
             "weight_rounding": weight_rounding,
             "seed": seed,
         }
@@ -93,8 +98,8 @@ class Trion(LowRankOptimizer):
             agree_on_gradients=agree_on_gradients,
         )
 
-    def recipe(self, group: dict[str, Any]) -> Recipe:
-        return Recipe(
+    def recipe(self, group: dict[str, Any]) -> LowRank:
+        return LowRank(
             **column_options(group),
             refresh_interval=1,
             moments=NewtonSchulz(group["newton_schulz_steps"]),
@@ -103,15 +108,4 @@ class Trion(LowRankOptimizer):
         )
 
     def dense_options(self, group: dict[str, Any]) -> DenseOptions:
-        # What `lr` was before any scheduler.
-        base_lr = group.setdefault("base_lr", float(group.get("initial_lr", group["lr"])))
-        factor = float(group["lr"]) / base_lr if base_lr else 1.0
-        return DenseOptions(
-            group["dense_lr"] * factor,
-            group["dense_betas"],
-            group["dense_eps"],
-            group["weight_decay"],
-            "dense_",
-            group["weight_rounding"],
-            group["seed"],
-        )
+        return scheduled_dense_options(group)

@@ -19,7 +19,7 @@ from torch import Tensor
 from dist_lowrank.dictionaries import DictionaryCache
 from dist_lowrank.optim.binding import BoundMatrix
 from dist_lowrank.optim.dense import local_gradients
-from dist_lowrank.optim.recipe import SCALES, Recipe, Update, low_rank_rule
+from dist_lowrank.optim.recipe import SCALES, Recipe, Update
 from dist_lowrank.optim.rounding import RandomBits, RowNoise, store_weight
 from dist_lowrank.optim.subspace import Place
 from dist_lowrank.optim.transient import held_bytes
@@ -78,10 +78,10 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
         own = matrix.state(state[matrix.parameter])
         step, layout = int(own["step"]), matrix.layout
         bits = RandomBits(recipe.seed, matrix.name, step)
-        place = Place(layout.form, matrix.dtype, rows[index].device, layout.repeated, cache, bits, layout.owned)
-        rule = low_rank_rule(rows[index], own, step, recipe, place, RowNoise(bits, layout.start))
+        place = place_of(matrix, rows[index].device, cache, bits)
+        rule = recipe.rule(rows[index], own, step, place, RowNoise(bits, layout.start))
         random.append(bits)
-        tasks.append(Task(rule, layout.group))
+        tasks.append(Task(rule, layout))
     deliveries = [matrix.layout.delivery(recipe.full_rows) for matrix, recipe in wave]
     # Where the update has whole rows, what they are made of stays; else the rules have it, and let go of it.
     made_of = [
@@ -112,6 +112,11 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
             _add(view, update, shares[index], recipe, made_of[index], decay, scale, layout.columns)
         if weight.dtype != matrix.dtype:
             store_weight(weight, target, recipe.weight_rounding, random[index], layout.offset, layout.form.shape)
+
+
+def place_of(matrix: BoundMatrix, device: torch.device, cache: DictionaryCache, bits: RandomBits) -> Place:
+    layout = matrix.layout
+    return Place(layout.form, matrix.dtype, device, layout.repeated, cache, bits, layout.owned, matrix.role)
 
 
 def step_size(recipe: Recipe, form: TallForm) -> tuple[float, float]:
@@ -150,7 +155,7 @@ def _add(
     else:
         target.mul_(decay)
     if rows is not None and update.weights is not None:
-        target.add_(recipe.residual.added(rows.to(target.dtype), share[:, rank:], update.basis), alpha=scale)
+        target.add_(recipe.added(rows.to(target.dtype), share[:, rank:], update.basis), alpha=scale)
 
 
 def verify_columns(matrices: Sequence[BoundMatrix], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
@@ -180,5 +185,7 @@ def _checksum(matrix: BoundMatrix, of_parameter: Mapping[str, Tensor]) -> Tensor
     own = matrix.state(of_parameter)
     keys = [key for key, spec in matrix.specs.items() if spec.cause in ("indices", "projection") and not spec.sharded]
     parts = [own[key].float().view(torch.int32) if own[key].is_floating_point() else own[key] + 1 for key in keys]
+    if matrix.role is not None and matrix.role.is_kept_with(matrix.parameter, matrix.piece.prefix):
+        parts.append(of_parameter[matrix.role.key].float().view(torch.int32))
     bits = torch.cat([part.long().flatten() for part in parts] or [own["step"].long().view(1)])
     return (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()

@@ -183,7 +183,14 @@ class FlatRows(_Flat):
 
     @property
     def owned(self) -> slice:
-        return slice(1 if self.own.offset and self.stop > self.start else 0, None)
+        return slice(self.owned_by_rank()[self.rank][0] - self.start, None)
+
+    def rows_by_rank(self) -> list[tuple[int, int]]:
+        return [(each.first_row, each.last_row) for each in self.slices]
+
+    def owned_by_rank(self) -> list[tuple[int, int]]:
+        begun = [each.offset > 0 and each.stop > each.start for each in self.slices]  # its first row, by a rank before
+        return [(start + first, stop) for first, (start, stop) in zip(begun, self.rows_by_rank(), strict=True)]
 
     def outgoing(self, gradient: Tensor) -> list[Tensor]:
         nothing = gradient[:0]

@@ -125,6 +125,14 @@ class Layout:
         """Of the rows worked on, those that count in sums on this rank; every row counts on one rank."""
         return slice(None)
 
+    def rows_by_rank(self) -> list[tuple[int, int]]:
+        """The rows that each rank of the group works on, as start and stop."""
+        return [chunk_range(self.form.rows, self.group_size, k) for k in range(self.group_size)]
+
+    def owned_by_rank(self) -> list[tuple[int, int]]:
+        """Of these, the ones that count in sums: every row on one rank."""
+        return self.rows_by_rank()
+
     @property
     def offset(self) -> tuple[int, ...]:
         """Where this rank's part begins in the matrix: row and column, or, for a flat slice, the element."""

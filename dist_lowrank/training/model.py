@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from dist_lowrank.config import ConfigError
-from dist_lowrank.config.schema import AdamWConfig, CorpusData, HubData, ModelConfig, RunConfig, TextData
+from dist_lowrank.config.schema import AdamWConfig, CorpusData, HubData, RunConfig, TextData
 from dist_lowrank.optim import param_groups
 from dist_lowrank.sharding.layouts import TallForm, tall_form
 from dist_lowrank.strategies import WEIGHT_DTYPES
@@ -116,14 +116,15 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def route(model: nn.Module, config: ModelConfig) -> list[dict[str, Any]]:
-    """`param_groups` by the patterns of the configuration.
+def route(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    """`param_groups` by the patterns of the model, and by what the optimizer does with the vocabulary's matrices.
 
     Raises:
         ConfigError: a pattern that matches nothing.
     """
     try:
-        return param_groups(model, low_rank=config.low_rank, dense=config.dense)
+        vocabulary = getattr(config.optimizer, "vocabulary", "dense")
+        return param_groups(model, config.model.low_rank, config.model.dense, vocabulary)
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
 
@@ -132,8 +133,10 @@ def low_rank_forms(groups: list[dict[str, Any]], config: RunConfig) -> dict[str,
     """Side and rank of each matrix on the low-rank path, by parameter name."""
     if isinstance(config.optimizer, AdamWConfig):
         return {}
+    # Optimizers that have neither work on whole rows of the parameter.
+    side, rank = getattr(config.optimizer, "side", "right"), getattr(config.optimizer, "rank", 1.0)
     return {
-        name: tall_form((p.shape[0], p.shape[1]), config.optimizer.side, config.optimizer.rank)
+        name: tall_form((p.shape[0], p.shape[1]), side, rank)
         for group in groups
         if group.get("low_rank", True)
         for name, p in group["params"]

@@ -10,18 +10,32 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from dist_lowrank.config.schema import (
+    AdafactorConfig,
+    AdamW8bitConfig,
     AdamWConfig,
+    CAMEConfig,
     DCTAdamWConfig,
     ProjectedConfig,
     RunConfig,
+    SCALEConfig,
     ScheduleConfig,
+    SMMFConfig,
     TrionConfig,
 )
-from dist_lowrank.optim import DCTAdamW, Trion
+from dist_lowrank.optim import CAME, SCALE, SMMF, Adafactor, AdamW8bit, DCTAdamW, Trion
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.projected_adam import ProjectedAdam
 
-_CLASSES: dict[type, Any] = {DCTAdamWConfig: DCTAdamW, TrionConfig: Trion, ProjectedConfig: ProjectedAdam}
+_CLASSES: dict[type, Any] = {
+    DCTAdamWConfig: DCTAdamW,
+    TrionConfig: Trion,
+    ProjectedConfig: ProjectedAdam,
+    SCALEConfig: SCALE,
+    AdafactorConfig: Adafactor,
+    CAMEConfig: CAME,
+    SMMFConfig: SMMF,
+    AdamW8bitConfig: AdamW8bit,
+}
 _SWITCH_FRACTION = 0.8  # of the steps, after which GoLore draws at random
 _MOMENT_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
@@ -30,12 +44,13 @@ def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.opt
     """The configured optimizer for routed parameter groups."""
     options = {f.name: getattr(config.optimizer, f.name) for f in dataclasses.fields(config.optimizer)}
     del options["name"]
+    options.pop("vocabulary", None)  # of `training.model.route`
     if isinstance(config.optimizer, AdamWConfig):
         groups = [{"params": group["params"]} for group in groups]
         return torch.optim.AdamW(groups, fused=True, **options)
     if "moment_dtype" in options:
         options["moment_dtype"] = _MOMENT_DTYPES[options["moment_dtype"]]
-    if options.get("switch_step", 0) is None:
+    if options.get("subspace") == "svd_then_stiefel" and options["switch_step"] is None:
         options["switch_step"] = max(1, round(_SWITCH_FRACTION * config.train.steps))
     # A training step leaves gradients of the same parameters on all ranks, so they need not ask each other.
     options |= {"seed": config.seed, "agree_on_gradients": False}

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dist_lowrank.config import ConfigError
 from dist_lowrank.config.schema import AdamWConfig, RunConfig
-from dist_lowrank.optim.dense import arithmetic_dtype
+from dist_lowrank.optim.dense import arithmetic_dtype, state_dtype
 from dist_lowrank.optim.recipe import Recipe
+from dist_lowrank.optim.shared_dictionary import role_key, shares_dictionary
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.sharding.exchanged import flat_layout
 from dist_lowrank.sharding.layouts import LayoutError, TallForm, tall_form
@@ -45,19 +47,22 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
             nothing, a dictionary without the size or without the transform.
     """
     model = build_model(config, meta=True)
-    groups = route(model, config.model)
+    groups = route(model, config)
     forms = low_rank_forms(groups, config)
-    specs: dict[str, dict[str, StateTensor]] = {}
+    specs: dict[str, Mapping[str, StateTensor]] = {}
+    dictionaries: dict[str, int] = {}  # bytes of those that matrices share, by the name of the first
     if not isinstance(config.optimizer, AdamWConfig):
-        recipe = _recipe(config, groups)
+        recipes = _recipes(config, groups)
         for name, form in forms.items():
             try:
-                recipe.subspace.check(form)
+                recipes[name].check(form)
             except ValueError as error:
                 raise ConfigError(f"optimizer.{error} (parameter {name!r} of shape {form.shape})") from error
-            specs[name] = recipe.state(form, arithmetic_dtype(model.get_parameter(name)))
+            specs[name] = recipes[name].state(form, _state_dtype(config, model.get_parameter(name)))
+        sharing = {name: form for name, form in forms.items() if shares_dictionary(recipes[name])}
+        dictionaries = _dictionary_bytes(model, sharing)
     if config.strategy.zero_stage:
-        placed = _under_zero(config.strategy.zero_stage, world_size, model, route(model, config.model), forms, specs)
+        placed = _under_zero(config, world_size, model, route(model, config), forms, specs)
     else:
         placed = _under_torch(config, world_size, model, forms, specs)
     rows = []
@@ -67,10 +72,19 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
         shape = tuple(parameter.shape)
         if name in forms:
             form = forms[name]
-            rows.append(ParameterRow(name, shape, "low-rank", _side(form), form.n, form.rank, *placed[name]))
+            placement, state_bytes = placed[name]
+            state_bytes += dictionaries.get(name, 0)
+            rows.append(ParameterRow(name, shape, "low-rank", _side(form), form.n, form.rank, placement, state_bytes))
         else:
             rows.append(ParameterRow(name, shape, "dense", "", None, None, *placed[name]))
     return rows
+
+
+def _dictionary_bytes(model: nn.Module, forms: Mapping[str, TallForm]) -> dict[str, int]:
+    """Of shared dictionaries, whole on every rank, with their step counters."""
+    first = {role_key(name, None, form.n, form.side): name for name, form in reversed(list(forms.items()))}
+    dtypes = {name: arithmetic_dtype(model.get_parameter(name)) for name in first.values()}
+    return {name: forms[name].n ** 2 * dtype.itemsize + 4 for name, dtype in dtypes.items()}
 
 
 def _under_torch(
@@ -94,7 +108,7 @@ def _under_torch(
         if name not in forms:
             first = math.ceil(parameter.shape[0] / shards) if parameter.ndim else 1
             elements = first * math.prod(parameter.shape[1:])
-            placed[name] = _placement(config, 0), _dense_bytes(elements, parameter)
+            placed[name] = _placement(config, 0), _dense_bytes(elements, config, parameter)
         else:
             form = forms[name]
             dimension = shard_dimension(form, shards) if shards > 1 else form.rows_axis
@@ -104,7 +118,7 @@ def _under_torch(
 
 
 def _under_zero(
-    stage: int,
+    config: RunConfig,
     world_size: int,
     model: nn.Module,
     groups: Sequence[Mapping[str, Any]],
@@ -112,6 +126,8 @@ def _under_zero(
     specs: Mapping[str, Mapping[str, StateTensor]],
 ) -> dict[str, tuple[str, int]]:
     """The same under DeepSpeed: on the rank that is the fullest in all, since a rank has much of some matrices."""
+    stage = config.strategy.zero_stage
+    assert stage
     by_rank: list[dict[str, int]] = [{} for _ in range(world_size)]
     for name, parameter, slices in chain.from_iterable(cut_groups(groups, stage, world_size)):
         for rank, own in enumerate(slices):
@@ -119,14 +135,19 @@ def _under_zero(
                 layout = flat_layout(forms[name], slices, rank, None)
                 by_rank[rank][name] = _low_rank_bytes(layout.stop - layout.start, specs[name])
             else:
-                by_rank[rank][name] = _dense_bytes(own.stop - own.start, parameter)
+                by_rank[rank][name] = _dense_bytes(own.stop - own.start, config, parameter)
     fullest = max(by_rank, key=lambda held: sum(held.values()))
     placement = f"ZeRO-{stage}, {'parameters' if stage == 3 else 'groups'} cut in {world_size}"
     return {name: (placement, held) for name, held in fullest.items()}
 
 
-def _dense_bytes(elements: int, parameter: Tensor) -> int:
-    return 2 * elements * arithmetic_dtype(parameter).itemsize + 4
+def _dense_bytes(elements: int, config: RunConfig, parameter: Tensor) -> int:
+    return 2 * elements * _state_dtype(config, parameter).itemsize + 4
+
+
+def _state_dtype(config: RunConfig, parameter: Tensor) -> torch.dtype:
+    """In which state is kept where nothing else is said; torch's AdamW keeps its own in the weights' dtype."""
+    return state_dtype(parameter, getattr(config.optimizer, "state_dtype", "weights"))
 
 
 def _low_rank_bytes(rows: int, specs: Mapping[str, StateTensor]) -> int:
@@ -142,13 +163,14 @@ def _side(form: TallForm) -> str:
     return form.side if form.side == published else f"{form.side} (published: {published})"
 
 
-def _recipe(config: RunConfig, groups: list[dict[str, Any]]) -> Recipe:
+def _recipes(config: RunConfig, groups: list[dict[str, Any]]) -> dict[str, Recipe]:
+    """By parameter name."""
     try:
         optimizer: Any = make_optimizer(config, groups)
     except ValueError as error:
         raise ConfigError(f"optimizer.{error}") from error
-    recipe: Recipe = optimizer.recipe(optimizer.param_groups[0])
-    return recipe
+    by_group = [(group["param_names"], optimizer.recipe(group)) for group in optimizer.param_groups]
+    return {name: recipe for names, recipe in by_group for name in names}
 
 
 def _placement(config: RunConfig, dimension: int) -> str:

@@ -23,7 +23,7 @@ from dist_lowrank.telemetry.metrics import MetricsWriter
 from dist_lowrank.telemetry.throughput import StepTimer, model_flops_per_token, peak_flops_per_second
 from dist_lowrank.training.checkpoints import Checkpoints, Progress
 from dist_lowrank.training.data import load_data
-from dist_lowrank.training.evaluate import evaluate, next_token_loss
+from dist_lowrank.training.evaluate import evaluate, next_token_loss, target_count
 from dist_lowrank.training.export import export_model, sample_text
 from dist_lowrank.training.model import blocks, build_model, data_with_tokenizer, family, route
 from dist_lowrank.training.numerics import LossSpikes, SkippedInARow, check_not_mostly_skipped
@@ -101,7 +101,7 @@ class Trainer:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self.model_configuration = model.config
         self.flops_per_token = model_flops_per_token(model, config.data.sequence_length)
-        self._announce(model, route(model, config.model))
+        self._announce(model, route(model, config))
         if config.model.compile:
             for block in blocks(model):
                 block.compile()
@@ -223,17 +223,26 @@ class Trainer:
     def _forward_backward(self, step: int) -> torch.Tensor:
         """Accumulates the gradient of this rank's part of the batch; returns its mean loss, (), nats per token."""
         batches = self.data.train.next_batch()
-        samples = sum(len(batch) for batch in batches)
+        targets = self._targets_per_rank(batches)
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
-            batch = batch.to(self.device, non_blocking=True)
+            share, batch = target_count(batch) / targets, batch.to(self.device, non_blocking=True)
             self.position.enter("forward", step)
             with self.strategy.forward():
-                loss = next_token_loss(self.strategy.model, batch) * (len(batch) / samples)
+                loss = next_token_loss(self.strategy.model, batch) * share
             self.position.enter("backward")
             self.strategy.backward(loss, last=index == len(batches) - 1)
             total = total + loss.detach()
         return total
+
+    def _targets_per_rank(self, batches: list[torch.Tensor]) -> float:
+        """Mean number of targets of a rank in this step, so that every token of the global batch counts alike."""
+        own = sum(map(target_count, batches))
+        if getattr(self.config.data, "packing", True):
+            return own  # the same everywhere
+        total = torch.tensor(own, device=self.device)
+        dist.all_reduce(total)
+        return int(total) / self.world_size
 
     def _log(self, step: int, loss: float, learning_rate: float, memory: dict[str, int]) -> None:
         times = self.timer.read()
@@ -282,6 +291,7 @@ class Trainer:
                 micro_batch_size=config.train.micro_batch_size,
                 device=self.device,
                 context=self._evaluation_forward,
+                legacy_counter=config.train.eval_legacy_counter,
             )
         perplexity = math.exp(min(loss, 700.0))
         self.metrics.log(step, {tags.LOSS_VALIDATION: loss, tags.PERPLEXITY_VALIDATION: perplexity})

@@ -61,7 +61,7 @@ def make_strategy(config: RunConfig, model: nn.Module, device: torch.device) -> 
     """Spreads a model whose parameters are equal on all ranks, and builds its optimizer."""
     if config.strategy.zero_stage is not None:
         return DeepSpeed(config, model)
-    return Native(config, model, low_rank_forms(route(model, config.model), config), device)
+    return Native(config, model, low_rank_forms(route(model, config), config), device)
 
 
 class Native:
@@ -71,7 +71,7 @@ class Native:
         self.config, self.device = config, device
         self.model: Any = apply_strategy(model, blocks(model), config.strategy, config.precision, forms, device)
         # Sharding replaced the parameters; the names and the routing are the same.
-        self.optimizer = make_optimizer(config, route(model, config.model))
+        self.optimizer = make_optimizer(config, route(model, config))
         self.gradient_norm = math.nan
 
     def forward(self) -> Any:
@@ -119,7 +119,7 @@ class DeepSpeed:
         self.adapter = adapter
         deepspeed.utils.logger.setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that DeepSpeed still uses
-        self.optimizer = make_optimizer(config, route(model, config.model))
+        self.optimizer = make_optimizer(config, route(model, config))
         self.given = GivenParameters()  # before DeepSpeed puts others in their place
         self.given.remember(self.optimizer.param_groups, only_known=False)
         settings = deepspeed_json(config, dist.get_world_size())

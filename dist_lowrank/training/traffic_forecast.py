@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from dist_lowrank.config.schema import AdamWConfig, RunConfig
+from dist_lowrank.config.schema import AdamWConfig, DCTAdamWConfig, ProjectedConfig, RunConfig
 from dist_lowrank.optim.engine import LowRankOptimizer
-from dist_lowrank.optim.traffic import PURPOSES, Collective, collectives_of_step
+from dist_lowrank.optim.traffic import PURPOSES, Collective, collectives_of_dictionaries, collectives_of_step
 from dist_lowrank.sharding.pieces import FlatPart
 from dist_lowrank.strategies import apply_strategy
 from dist_lowrank.training.model import blocks, build_model, low_rank_forms, route
@@ -25,7 +25,7 @@ from dist_lowrank.training.zero_layout import cut_groups
 class TrafficRow:
     """The collectives of one kind of step for one purpose, as rank 0 makes them."""
 
-    step: str  # "every step"; "refresh" and "between refreshes"; "every N steps"
+    step: str  # "every step"; "refresh" (the busiest, if staggered) and "between refreshes"; "every N steps"
     purpose: str  # one of PURPOSES; "nothing" if there are none
     operation: str
     collectives: int
@@ -44,13 +44,20 @@ def forecast_traffic(config: RunConfig, world_size: int) -> list[TrafficRow]:
         optimizer = _optimizer_on_layouts(config)
         at_refresh = collectives_of_step(optimizer, refresh=True)
         otherwise = collectives_of_step(optimizer, refresh=False)
+        changing = collectives_of_dictionaries(optimizer)
         verifying = []
         if optimizer.verify_every:
             verifying = collectives_of_step(optimizer, refresh=True, verification=True)[len(at_refresh) :]
+        if isinstance(config.optimizer, DCTAdamWConfig | ProjectedConfig) and config.optimizer.refresh_stagger:
+            one_interval = range(2, config.optimizer.refresh_interval + 2)  # after the first step, at which all choose
+            steps = (collectives_of_step(optimizer, step=step) for step in one_interval)
+            at_refresh = max(steps, key=lambda sent: sum(each.bytes for each in sent))
     if at_refresh == otherwise:
         rows = _by_purpose("every step", at_refresh)
     else:
         rows = _by_purpose("refresh", at_refresh) + _by_purpose("between refreshes", otherwise)
+    if changing:
+        rows += _by_purpose(f"every {optimizer.param_groups[0]['dictionary_interval']} steps", changing)
     return rows + (_by_purpose(f"every {optimizer.verify_every} steps", verifying) if verifying else [])
 
 
@@ -59,9 +66,9 @@ def _optimizer_on_layouts(config: RunConfig) -> LowRankOptimizer:
     if config.strategy.zero_stage:
         return _optimizer_on_flat_tensors(config, model)
     if config.strategy.name not in ("ddp", "zero0"):  # under which the optimizer sees the plain parameters
-        forms = low_rank_forms(route(model, config.model), config)
+        forms = low_rank_forms(route(model, config), config)
         apply_strategy(model, blocks(model), config.strategy, config.precision, forms, torch.device("cpu"))
-    optimizer = make_optimizer(config, route(model, config.model))
+    optimizer = make_optimizer(config, route(model, config))
     assert isinstance(optimizer, LowRankOptimizer)
     return optimizer
 
@@ -71,8 +78,8 @@ def _optimizer_on_flat_tensors(config: RunConfig, model: nn.Module) -> LowRankOp
     stage, rank, group_of_all = config.strategy.zero_stage, dist.get_rank(), dist.group.WORLD
     assert stage is not None
     assert group_of_all is not None
-    cuts = cut_groups(route(model, config.model), stage, dist.get_world_size())
-    optimizer = make_optimizer(config, route(model, config.model))
+    cuts = cut_groups(route(model, config), stage, dist.get_world_size())
+    optimizer = make_optimizer(config, route(model, config))
     assert isinstance(optimizer, LowRankOptimizer)
     for group, members in zip(optimizer.param_groups, cuts, strict=True):
         parts, position = [], 0

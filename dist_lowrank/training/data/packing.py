@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 
+IGNORED = -100  # where there is no token; torch's cross-entropy does not count it as a target
 _TOKENS_PER_WRITE = 1 << 20
 
 
@@ -29,6 +30,15 @@ def pack(documents: Iterable[npt.NDArray[np.int64]], sequence_length: int) -> It
     if tokens >= sequence_length:
         joined = np.concatenate(waiting)[: tokens - tokens % sequence_length]
         yield joined.reshape(-1, sequence_length)
+
+
+def pad(document: npt.NDArray[np.int64], sequence_length: int) -> npt.NDArray[np.int64]:
+    """One document as a block, (sequence_length,): filled up with `IGNORED`, or cut, but for its end-of-text token."""
+    block = np.full(sequence_length, IGNORED, dtype=np.int64)
+    if len(document) > sequence_length:
+        document = np.append(document[: sequence_length - 1], document[-1])
+    block[: len(document)] = document
+    return block
 
 
 def write_blocks(

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dist_lowrank.config.schema import HubData
 from dist_lowrank.training.data.hub import text_of_row
-from dist_lowrank.training.data.packing import pack
+from dist_lowrank.training.data.packing import pack, pad
 from dist_lowrank.training.data.sample_order import shuffled
 from dist_lowrank.training.data.tokenizer import encode
 
@@ -29,13 +29,20 @@ _DOCUMENTS_PER_ENCODING = 256
 
 def held_out_blocks(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, config: HubData) -> torch.Tensor:
     """Held-out documents as blocks: int64 of shape (blocks, sequence_length), at least one block."""
-    blocks = [torch.from_numpy(part) for part in pack(encode(tokenizer, documents), config.sequence_length)]
+    encoded, length = encode(tokenizer, documents), config.sequence_length
+    parts = pack(encoded, length) if config.packing else (pad(each, length)[None] for each in encoded if _says(each))
+    blocks = [torch.from_numpy(part) for part in parts]
     if not blocks:
         raise ValueError(
             f"data.validation_documents={config.validation_documents}: the validation set is shorter than one block of "
             f"data.sequence_length={config.sequence_length} tokens; must be more documents or shorter blocks"
         )
     return torch.cat(blocks)
+
+
+def _says(document: npt.NDArray[np.int64]) -> bool:
+    """Whether it has a token to predict; the first has nothing before it."""
+    return len(document) > 1
 
 
 class StreamBatches:
@@ -121,6 +128,10 @@ class StreamBatches:
 
     def _next_sequence(self) -> npt.NDArray[np.int64]:
         length = self._config.sequence_length
+        if not self._config.packing:
+            while not _says(document := self._next_document()):
+                pass
+            return pad(document, length)
         if len(self._left_over) < length:
             parts, tokens = [self._left_over], len(self._left_over)
             while tokens < length:
