@@ -10,7 +10,7 @@ The optimizers' keys are the keyword arguments of the classes in `dist_lowrank.o
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -196,8 +196,6 @@ class MuonConfig:
     dense_eps: PositiveFloat = 1e-8
     state_dtype: StateDtype = None
     weight_rounding: WeightRounding = "nearest"
-
-    rank: ClassVar[float] = 1.0  # of the whole matrix
 
 
 @dataclass(frozen=True, config=_CONFIG)
