@@ -6,6 +6,7 @@ the user's own torchrun started. Ranks never compose a configuration twice: they
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -45,7 +46,7 @@ def main_torchrun(overrides: Sequence[str]) -> NoReturn:
     store = _store()
     of_all_restarts = store.underlying_store
     if of_all_restarts.check([_ENDED]):
-        shutdown(int(of_all_restarts.get(_ENDED)), together=False)
+        leave(int(of_all_restarts.get(_ENDED)))
     if rank == 0:
         before = of_all_restarts.get(_ATTEMPT).decode() if of_all_restarts.check([_ATTEMPT]) else None
         prepared = _prepare(overrides, world_size, before)
@@ -67,21 +68,8 @@ def main_torchrun(overrides: Sequence[str]) -> NoReturn:
     _work(from_dict(prepared["config"]), folder, store, speaks=True, overrides=overrides)
 
 
-def shutdown(exit_code: int, *, together: bool) -> NoReturn:
-    """Ends this process, skipping interpreter shutdown, during which gloo's threads abort one run in twenty.
-
-    Args:
-        together: whether all ranks come here, so that they can wait for each other; the peers of a rank that failed
-            may be stuck in a collective.
-    """
-    if together:
-        import torch.distributed as dist
-
-        try:
-            dist.barrier()
-            dist.destroy_process_group()
-        except RuntimeError:  # another rank failed after the last step, and says why
-            exit_code = exit_code or ExitCode.FAILED
+def leave(exit_code: int) -> NoReturn:
+    """Ends this process, skipping interpreter shutdown, during which gloo's threads abort one run in twenty."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
@@ -157,10 +145,30 @@ def _exit_code(error: Exception) -> ExitCode:
 
 
 def _end(code: ExitCode, store: Store, *, together: bool) -> NoReturn:
-    """Leaves; tells torchrun's next attempt if there is nothing that another attempt would cure."""
-    if code not in RESTARTED and hasattr(store, "underlying_store"):
-        store.underlying_store.set(_ENDED, str(int(code)))
-    shutdown(code, together=together)
+    """Leaves; tells torchrun's next attempt if there is nothing that another attempt would cure.
+
+    Args:
+        together: whether all ranks come here, so that they can wait for each other; the peers of a rank that failed
+            may be stuck in a collective.
+    """
+    with contextlib.suppress(RuntimeError):  # the store may be gone
+        if together and not _all_are_here():
+            code = code or ExitCode.FAILED
+        if code not in RESTARTED and hasattr(store, "underlying_store"):
+            store.underlying_store.set(_ENDED, str(int(code)))
+    leave(code)
+
+
+def _all_are_here() -> bool:
+    """Waits for all ranks and takes leave of them. False: one failed after the last step, and says why itself."""
+    import torch.distributed as dist
+
+    try:
+        dist.barrier()
+        dist.destroy_process_group()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _store() -> PrefixStore:

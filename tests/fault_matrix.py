@@ -63,7 +63,7 @@ def outcome_of(kind: str, place: str) -> Outcome:
         "SIGTERM": Outcome((ExitCode.REQUEUE,) * 2, "stopped after step", "75, continues"),
         "SIGKILL": Outcome(dead, "", "1, continues"),
         "SIGSTOP": Outcome((ExitCode.HANG, KILLED), "rank 1 (process ", "76, continues"),
-        "NaN gradient": Outcome((ExitCode.NOT_FINITE,) * 2, "not finite 3 times in a row", "67, continues"),
+        "NaN gradient": Outcome((ExitCode.NOT_FINITE,) * 2, "not finite 2 times in a row", "67, continues"),
         "corrupted shard": Outcome(dead, "", "69, file named; falls back, continues", ExitCode.CHECKPOINT),
         "full disk": Outcome((failed, failed), "No space left on device", "1, continues"),
         "slow rank": Outcome((0, 0), "", "0"),

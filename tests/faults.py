@@ -23,7 +23,7 @@ from dist_lowrank.training import run
 from dist_lowrank.training.position import Position
 
 PLACES = ("forward", "backward", "step", "refresh", "save")
-AT_STEP = 4  # or the first after it that refreshes
+AT_STEP = 6
 STRUCK = "struck.json"  # in the run's folder: the checkpoints that were committed when the fault struck
 
 
@@ -43,7 +43,7 @@ class Fault:
         _before(Position, "enter", self._entering)
         _before(engine, "update_wave", lambda wave, *_: self.strike_in("step", _gradients(wave)))
         _before(columns, "column_scores", lambda coordinates, *_: self.strike_in("refresh", [coordinates]))
-        _before(HuggingFaceStorageWriter, "write_data", lambda *_: self.strike_in("save", None))
+        _before(HuggingFaceStorageWriter, "write_data", self._writing)
         _before(run.Trainer, "_save", self._keep_trainer)
         next_token_loss = run.next_token_loss
 
@@ -61,6 +61,10 @@ class Fault:
             _poison([_local(parameter) for parameter in self.trainer.strategy.model.parameters()])
         elif phase in ("forward", "backward") and self.kind != "NaN gradient":
             self.strike_in(phase, None)
+
+    def _writing(self, writer: Any, *_: Any) -> None:
+        if str(writer.path).endswith(f"-step-{AT_STEP:08d}"):  # not what is still being saved of before
+            self.strike_in("save", None)
 
     def _keep_trainer(self, trainer: Any, *_: Any) -> None:
         self.trainer = trainer

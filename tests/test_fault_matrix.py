@@ -23,7 +23,7 @@ from dist_lowrank.config import RunFolder, begin_again, compose
 from dist_lowrank.config.validate import from_dict, to_dict
 
 SETTINGS = (
-    *("train.steps=7", "train.eval_sequences=2", "train.max_skipped_steps=3"),
+    *("train.steps=9", "train.eval_sequences=2", "train.max_skipped_steps=2"),
     *("optimizer.refresh_interval=2", "optimizer.error_feedback=fp32"),
     *("checkpoint.interval_steps=2", "checkpoint.keep_last=9", "launcher.threads=1"),
 )
@@ -72,7 +72,7 @@ def test_a_fault_has_its_documented_outcome_and_the_run_goes_on(
     codes = wait_for(children)
     said = _said(folder)
     assert codes == list(expected.codes), said
-    assert expected.says in said
+    assert expected.says in said, said
     if kind == "SIGSTOP":
         assert f"rank 1 (process {children[1]}" in said
     _assert_nothing_is_lost(folder, kind)
@@ -86,7 +86,7 @@ def test_a_fault_has_its_documented_outcome_and_the_run_goes_on(
         _assert_equal(_last_state(folder), undisturbed)
     else:
         last = open_checkpoint(committed(folder.checkpoints)[-1])
-        assert last.sidecar.step == 7
+        assert last.sidecar.step == 9
         assert last.sidecar.progress["skipped_steps"] == 1
 
 
@@ -135,14 +135,13 @@ def _assert_nothing_is_lost(folder: RunFolder, kind: str) -> None:
     for path in now:
         if kind != "corrupted shard" or path.name != before[-1]:
             verify_files(open_checkpoint(path))
-    if kind != "full disk":
-        assert any(step_of(path) >= AT_STEP - 2 for path in now)
+    assert AT_STEP - 2 in [step_of(path) for path in now]
 
 
 def _last_state(folder: RunFolder) -> dict[str, torch.Tensor]:
     """All tensors of the last checkpoint, random state included, by name and file."""
     path = committed(folder.checkpoints)[-1]
-    assert step_of(path) == 7
+    assert step_of(path) == 9
     files = sorted(path.glob("*.safetensors"))
     return {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 

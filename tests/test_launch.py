@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dist_lowrank.config import open_run
+from dist_lowrank.exit_codes import ExitCode
 
 COMMAND = str(Path(sys.executable).with_name("dist-lowrank"))
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
@@ -116,15 +117,20 @@ def test_a_bad_key_under_torchrun_is_told_once_and_ends_all_ranks(folder: Path) 
     assert not (folder / "runs").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR1))],
+)
 def test_a_signal_stops_a_run_after_the_step_without_a_traceback(folder: Path, number: signal.Signals) -> None:
     run = _start(folder, [COMMAND, "train", *SMALL, FOREVER])
     _wait_for_steps(folder)
     run.send_signal(number)
-    _, errors = run.communicate(timeout=30)
-    assert run.returncode == 128 + number, errors
+    output, errors = run.communicate(timeout=30)
+    assert run.returncode == (ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.REQUEUE), errors
     assert "Traceback" not in errors
     assert "error" not in errors
+    (saved,) = folder.glob("runs/*/checkpoints/save-0001-*")
+    assert f"newest good checkpoint runs/{saved.relative_to(folder / 'runs')}" in output
     (path,) = (folder / "runs").iterdir()
     assert not open_run(path).is_finished
 
@@ -161,8 +167,22 @@ def test_a_signal_to_one_rank_stops_all_of_them(folder: Path) -> None:
     _wait_for_steps(folder)
     os.kill(max(_ranks(folder, run)), signal.SIGTERM)
     _, errors = run.communicate(timeout=60)
-    assert run.returncode == 128 + signal.SIGTERM, errors
+    assert run.returncode == ExitCode.REQUEUE, errors
     assert "error" not in errors
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_all_at_once(folder: Path) -> None:
+    run = _start(folder, [COMMAND, "train", *SMALL, FOREVER])
+    _wait_for_steps(folder)
+    os.kill(max(_ranks(folder, run)), signal.SIGSTOP)  # so that the run cannot stop after the step
+    run.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=5)
+    assert run.returncode == ExitCode.INTERRUPTED
+    _wait_until_gone(folder)
 
 
 @pytest.mark.slow
@@ -171,6 +191,10 @@ def test_killing_the_launcher_ends_the_ranks(folder: Path) -> None:
     _wait_for_steps(folder)
     run.kill()
     run.communicate(timeout=30)
+    _wait_until_gone(folder)
+
+
+def _wait_until_gone(folder: Path) -> None:
     deadline = time.monotonic() + 10
     while _processes_in(folder) and time.monotonic() < deadline:
         time.sleep(0.05)

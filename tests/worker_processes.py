@@ -7,7 +7,9 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -18,22 +20,24 @@ from dist_lowrank import worker
 from dist_lowrank.config import RunFolder
 
 KILLED = -signal.SIGKILL
+_ASIDE: dict[Path, tempfile.TemporaryDirectory[str]] = {}
 
 
 def start_workers(
     folder: RunFolder, prepare: Callable[[int], None] = lambda rank: None, world_size: int = 2
 ) -> list[int]:
-    """Forks the ranks of a run; returns their process ids. What they print goes to `output-RANK.txt` of the attempt.
+    """Forks the ranks of a run; returns their process ids. `output` tells what they print.
 
     Args:
         prepare: called in each rank before anything else; arms a fault, for example.
     """
-    store = tempfile.mktemp(prefix="store-", dir=folder.attempt_path)
+    # Not in the run's folder, whose disk may be full.
+    aside = _ASIDE[folder.attempt_path] = tempfile.TemporaryDirectory()
     children = []
     for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
-            _work(folder, prepare, rank, world_size, store)
+            _work(folder, prepare, rank, world_size, Path(aside.name))
         children.append(pid)
     return children
 
@@ -59,12 +63,13 @@ def wait_for(children: list[int], timeout_seconds: float = 60) -> list[int]:
 
 
 def output(folder: RunFolder, rank: int = 0) -> str:
-    return (folder.attempt_path / f"output-{rank}.txt").read_text()
+    """What a rank has printed."""
+    return Path(_ASIDE[folder.attempt_path].name, f"output-{rank}.txt").read_text()
 
 
-def _work(folder: RunFolder, prepare: Callable[[int], None], rank: int, world_size: int, store: str) -> NoReturn:
+def _work(folder: RunFolder, prepare: Callable[[int], None], rank: int, world_size: int, aside: Path) -> NoReturn:
     try:
-        file = os.open(folder.attempt_path / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        file = os.open(aside / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (pytest has put its own in place)
@@ -73,6 +78,9 @@ def _work(folder: RunFolder, prepare: Callable[[int], None], rank: int, world_si
         torch.set_num_threads(1)  # the OpenMP threads of the test's process do not survive the fork
         prepare(rank)
         worker._exit_quietly_on_signals()
-        worker._work(folder.config(), folder, dist.FileStore(store, world_size), speaks=True)
+        worker._work(folder.config(), folder, dist.FileStore(str(aside / "store"), world_size), speaks=True)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(99)  # nothing of the test's own runs in a rank

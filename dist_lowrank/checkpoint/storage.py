@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
@@ -17,6 +19,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from dist_lowrank.checkpoint.errors import CheckpointError
 from dist_lowrank.checkpoint.shards import Shard
 
 _FILE_BYTES = 2**31  # about; a file is put together in memory
@@ -31,7 +34,7 @@ def write_shards(
         totals_bytes: of every tensor that any rank writes; the same on all ranks.
 
     Raises:
-        torch.distributed.checkpoint.api.CheckpointException: on every rank, if any could not.
+        CheckpointError: on every rank, if any could not.
     """
     numbers, number, filled = {}, 1, 0.0
     for name, size in sorted(totals_bytes.items()):
@@ -40,7 +43,8 @@ def write_shards(
             number, filled = number + 1, 0.0
         numbers[name], filled = number, filled + share_bytes
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=numbers, save_distributed=True)
-    dcp_save(dict(parts), storage_writer=writer, planner=_SavePlanner(), process_group=group)
+    with _errors_of_ours():
+        dcp_save(dict(parts), storage_writer=writer, planner=_SavePlanner(), process_group=group)
 
 
 def read_shards(folder: Path, shards: Mapping[str, Shard], group: dist.ProcessGroup) -> None:
@@ -49,17 +53,26 @@ def read_shards(folder: Path, shards: Mapping[str, Shard], group: dist.ProcessGr
     The files must have been verified: all blocks there, of the right dtype.
 
     Raises:
-        torch.distributed.checkpoint.api.CheckpointException: on every rank, if any could not; then tensors are
-            partly filled.
+        CheckpointError: on every rank, if any could not; then tensors are partly filled.
     """
     wanted = {name: shard for name, shard in shards.items() if shard.tensor.numel()}
-    with torch.no_grad():
+    with torch.no_grad(), _errors_of_ours():
         dcp_load(
             dict(wanted),
             storage_reader=HuggingFaceStorageReader(str(folder)),
             planner=_LoadPlanner(),
             process_group=group,
         )
+
+
+@contextmanager
+def _errors_of_ours() -> Iterator[None]:
+    """torch's exception is no `Exception`: it would end a thread in silence, past all who clean up or report."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        raise CheckpointError(f"{type(cause).__name__}: {cause} (rank {rank})") from error
 
 
 def _chunk(shard: Shard) -> ChunkStorageMetadata:
