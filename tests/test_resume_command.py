@@ -9,12 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from processes import run_on_ranks
 from resumed_runs import run_each
 from small_runs import folder_of, overrides_for
 
+from dist_lowrank.checkpoint import CheckpointError
 from dist_lowrank.config import ConfigError, RunFolder, compose, open_run
 from dist_lowrank.launchers.preparation import prepare_resume, prepare_run
+from dist_lowrank.telemetry.console import Console
+from dist_lowrank.telemetry.metrics import MetricsWriter
+from dist_lowrank.training.run import Trainer
 
 COMMAND = str(Path(sys.executable).with_name("dist-lowrank"))
 
@@ -65,6 +70,38 @@ def test_a_run_begun_from_a_path_is_a_run_of_its_own_that_continues_itself(text:
     assert begun[0].path == begun[1].path
     fresh = [folder_of(told), folder_of([*told, "resume=none"]), folder_of([*told, "resume=none"])]
     assert _attempts(fresh) == [(first.path.name, 2), (f"{first.path.name}-2", 1), (f"{first.path.name}-3", 1)]
+
+
+def _told(rank: int, folders: list[RunFolder]) -> list[list[str]]:
+    return [_told_by(rank, folder) for folder in folders]
+
+
+def _told_by(rank: int, folder: RunFolder) -> list[str]:
+    """What a run says, and what it raises."""
+    lines: list[str] = []
+    console = Console(enabled=False)
+    console.line = lines.append  # type: ignore[method-assign, assignment]
+    with MetricsWriter(folder.metrics(rank), None) as metrics:
+        try:
+            Trainer(folder.config(), folder, torch.device("cpu"), console, metrics).run([])
+        except CheckpointError as error:
+            lines.append(f"raised: {error}")
+    return lines
+
+
+def test_a_save_that_fails_is_told_and_ends_the_run_only_if_it_should(text: str, tmp_path: Path) -> None:
+    told = overrides_for(text, tmp_path, "train.steps=5", "checkpoint.interval_steps=2", "strategy=ddp")
+    kinds = ([], ["checkpoint.asynchronous=false"], ["checkpoint.stop_on_failure=true"])
+    folders = [folder_of([*told, *more, f"name=run{index}"]) for index, more in enumerate(kinds)]
+    for folder in folders:
+        folder.checkpoints.write_text("in the way")
+    for of_rank in run_on_ranks(2, _told, folders):
+        for index, (folder, lines) in enumerate(zip(folders, of_rank, strict=True)):
+            failures = [line for line in lines if "no checkpoint was saved: " in line]
+            assert "FileExistsError" in failures[0]
+            assert folder.is_finished == (index < 2)
+            assert len(failures) == (3 if index < 2 else 2)
+            assert failures[-1].startswith("raised: step 2") == (index == 2), failures
 
 
 @pytest.mark.slow
