@@ -13,7 +13,7 @@ from small_runs import overrides_for
 CASES: dict[str, list[str]] = {
     # Stopped in the middle of a refresh interval.
     "ddp-feedback": ["strategy=ddp", "optimizer.error_feedback=fp32", "optimizer.refresh_interval=4"],
-    "fsdp-trion": ["strategy=fsdp", "optimizer=trion"],
+    "fsdp-trion": ["strategy=fsdp", "optimizer=trion", "checkpoint.asynchronous=false"],
     "zero2-feedback": ["strategy=zero2", "optimizer.error_feedback=fp32", "optimizer.refresh_interval=4"],
     "fsdp-low-bit": ["strategy=fsdp", "optimizer.error_feedback=int4", "optimizer.moment_dtype=int8"],
 }

@@ -59,6 +59,7 @@ class Checkpoints:
             keep_every_steps=settings.keep_every_steps,
             report=self._report,
         )
+        self._versions = versions()
         self._last_seconds = time.monotonic()
         self._saved_step = 0
         self._problem: str | None = None  # why the last save failed, as all ranks know
@@ -131,7 +132,7 @@ class Checkpoints:
             progress=progress,
             config=to_dict(self.config),
             digest=digest(self.config),
-            versions=versions(),
+            versions=self._versions,
         )
 
     def _report(self, saved: Saved) -> None:
