@@ -225,7 +225,7 @@ def _end_with_parent() -> None:
 def _exit_quietly_on_signals() -> None:
     """Until the training loop installs its own handlers, there is nothing to finish: just leave."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(ExitCode.INTERRUPTED))
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, lambda *_: os._exit(ExitCode.REQUEUE))
 
 
