@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dist_lowrank.compare.verb import add_compare
 from dist_lowrank.exit_codes import ExitCode
+from dist_lowrank.sweep.verb import add_sweep
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subparser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="such as train.steps=500")
         subparser.set_defaults(action=action)
     add_compare(verbs)
+    add_sweep(verbs)
     options = parser.parse_args(arguments)
     try:
         from dist_lowrank.config import ConfigError
