@@ -16,14 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from small_runs import overrides_for
+from small_runs import overrides_for, run_loop
 
 from dist_lowrank.cli import main
 from dist_lowrank.config import ConfigError, compose, create
 from dist_lowrank.sweep.points import Point, make_sweep
 from dist_lowrank.sweep.slots import _environments
 from dist_lowrank.sweep.verb import sweep
-from dist_lowrank.training.run import train
 from dist_lowrank.worker import end_with_parent
 
 COMMAND = str(Path(sys.executable).with_name("dist-lowrank"))
@@ -61,7 +60,8 @@ def _train_point(point: Point) -> int:
             (point.folder / "pids").open("a").write(f"{os.getpid()}\n")
             store = dist.FileStore(str(point.folder / f"store-{os.getpid()}"), 1)
             dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-            return train(config, create(config, point.train_overrides), torch.device("cpu"))
+            run_loop(0, create(config, point.train_overrides))
+            return 0
         except BaseException:
             print("error: " + traceback.format_exc(), file=console)
             return 1

@@ -120,8 +120,8 @@ def _digest(configs: Sequence[tuple[str, tuple[str, ...], RunConfig]]) -> str:
     data = []
     for name, _, config in configs:
         settings = to_dict(config)
-        for key in ("runs", "launcher", "telemetry"):
-            del settings[key]
+        for key in ("runs", "launcher", "telemetry", "checkpoint", "resume"):
+            settings.pop(key, None)
         data.append([name, settings])
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -81,8 +81,8 @@ def run_points(sweep: Sweep, slots: Sequence[Mapping[str, str]], start: Start = 
     try:
         while any(running) or (waiting and not received):
             if len(received) > passed_on:
-                for each in filter(None, running):
-                    each.process.terminate() if passed_on == 0 else each.process.kill()
+                for active in filter(None, running):
+                    active.process.terminate() if passed_on == 0 else active.process.kill()
                 passed_on = len(received)
             for index, each in enumerate(running):
                 if each is not None and (code := each.process.poll()) is not None:
@@ -96,8 +96,8 @@ def run_points(sweep: Sweep, slots: Sequence[Mapping[str, str]], start: Start = 
                     running[index] = _Running(point, start(point, slots[index]), time.monotonic())
             time.sleep(_POLL_SECONDS)
     finally:
-        for each in filter(None, running):
-            each.process.kill()
+        for active in filter(None, running):
+            active.process.kill()
         for number, handler in previous.items():
             signal.signal(number, handler)
     return state, received[0] if received else 0
