@@ -312,7 +312,7 @@ class AdafactorConfig:
 class CAMEConfig:
     name: Literal["came"]
     lr: PositiveFloat = 2e-4
-    betas: tuple[Beta, Beta, Beta] = (0.9, 0.999, 0.9999)
+    betas: tuple[Beta, Beta, Beta] = (0.9, 0.95, 0.995)
     eps: tuple[PositiveFloat, PositiveFloat] = (1e-30, 1e-16)
     clip_threshold: PositiveFloat = 1.0
     weight_decay: NonNegativeFloat = 0.0
