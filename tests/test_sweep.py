@@ -20,6 +20,7 @@ from small_runs import overrides_for, run_loop
 
 from dist_lowrank.cli import main
 from dist_lowrank.config import ConfigError, compose, create
+from dist_lowrank.exit_codes import ExitCode
 from dist_lowrank.sweep.points import Point, make_sweep
 from dist_lowrank.sweep.slots import _environments
 from dist_lowrank.sweep.verb import sweep
@@ -174,7 +175,7 @@ def test_a_second_process_does_not_run_the_same_sweep(
         os.kill(os.getpid(), signal.SIGTERM)  # a stop, at the worst moment: while a point starts
         return ForkedPoint(point, environment)
 
-    assert sweep(overrides, start=start_again) == 128 + signal.SIGTERM
+    assert sweep(overrides, start=start_again) == ExitCode.REQUEUE
     (folder,) = (tmp_path / "runs").glob("sweep-*")
     statuses = [point["status"] for point in json.loads((folder / "sweep.json").read_text())["points"]]
     assert statuses == ["stopped", "waiting"]

@@ -16,7 +16,8 @@ p, ul { max-width: 50rem; color: #444; margin: .3rem 0 .6rem; }
 .notes { background: #fff6e0; border-left: 4px solid #e69f00; padding: .5rem 1rem .5rem 2rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-th { border-bottom: 2px solid #888; font-weight: 600; } .number { text-align: right; white-space: nowrap; }
+th { border-bottom: 2px solid #888; font-weight: 600; } td:first-child { white-space: nowrap; }
+.number { text-align: right; white-space: nowrap; }
 tbody tr:hover { background: #f4f6fa; } .fails { color: #b00020; font-weight: 700; }
 figure { margin: .5rem 0; } svg { max-width: 100%; height: auto; }
 """
@@ -33,11 +34,13 @@ def page(comparison: Comparison, pictures: Mapping[str, str]) -> str:
     if comparison.notes:
         parts.append(f'<ul class="notes">{"".join(f"<li>{_text(note)}</li>" for note in comparison.notes)}</ul>\n')
     all_tables = tables(comparison)
-    parts += [*_html_table(all_tables[0])]
+    first = 1 + bool(comparison.outcomes)  # the summary, and the assertions
+    for table in all_tables[:first]:
+        parts += _html_table(table)
     for caption, picture in pictures.items():
         drawing = picture[picture.index("<svg") :]
         parts.append(f"<h2>{_text(caption)}</h2>\n<figure>\n{drawing}</figure>\n")
-    for table in all_tables[1:]:
+    for table in all_tables[first:]:
         parts += _html_table(table)
     parts.append("</body>\n</html>\n")
     return "".join(parts)
@@ -49,11 +52,11 @@ def introduction(comparison: Comparison) -> str:
     config = baseline.first.config
     data, train = config["data"], config["train"]
     source = data.get("dataset") or data.get("path") or data["source"]
-    seeds = ", ".join(map(str, baseline.seeds))
+    seeds = f"seed{'s' if len(baseline.seeds) > 1 else ''} {', '.join(map(str, baseline.seeds))}"
     model = config["model"]["name"] if not config["model"]["pretrained"] else config["model"]["pretrained"]
     return (
         f"Model {model}, trained on {source} in sequences of {data['sequence_length']} tokens, "
-        f"{train['global_batch_size']} sequences per step, seeds {seeds}, on {baseline.world_size} ranks "
+        f"{train['global_batch_size']} sequences per step, {seeds}, on {baseline.world_size} ranks "
         f"({config['strategy']['name']}, {config['precision']['name']}). "
         f"{baseline.label} is what the others are measured against."
     )

@@ -31,6 +31,7 @@ def tables(comparison: Comparison) -> list[Table]:
     """All tables, the most important first."""
     made = [
         _summary(comparison),
+        _assertions(comparison),
         _runs(comparison),
         _settings(comparison),
         _loss(comparison),
@@ -38,7 +39,6 @@ def tables(comparison: Comparison) -> list[Table]:
         _speed(comparison),
         _traffic(comparison),
         _energy(comparison),
-        _assertions(comparison),
     ]
     return [table for table in made if table.rows]
 
@@ -111,8 +111,13 @@ def _runs(comparison: Comparison) -> Table:
 
 
 def _settings(comparison: Comparison) -> Table:
-    rows = [[key, *values] for key, values in comparison.settings.items()]
-    return Table("Settings that differ", "All others are equal.", ["key", *_labels(comparison)], rows)
+    rows = [[key, *(value or NOTHING for value in values)] for key, values in comparison.settings.items()]
+    return Table(
+        "Settings that differ",
+        f"All others are equal. {NOTHING}: has no such key.",
+        ["key", *_labels(comparison)],
+        rows,
+    )
 
 
 def _loss(comparison: Comparison) -> Table:

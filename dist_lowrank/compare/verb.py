@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_lowrank.exit_codes import ExitCode
+
 if TYPE_CHECKING:
     from dist_lowrank.compare.assertions import Assertion, Outcome
     from dist_lowrank.compare.comparison import Comparison
-
-NOT_HELD = 3  # exit code: everything was compared, and an assertion does not hold
 
 ASSERTIONS = """\
 assertions are about each run (the mean over its seeds) but the first, which is the baseline:
@@ -110,7 +110,7 @@ def report_outcomes(outcomes: Sequence[Outcome]) -> int:
         if not outcome.holds:
             numbers = ", ".join(f"{name} = {value:.10g}" for name, value in outcome.numbers.items())
             print(f"error: does not hold for {outcome.label}: {outcome.text} ({numbers})", file=sys.stderr)
-    return 0 if all(outcome.holds for outcome in outcomes) else NOT_HELD
+    return ExitCode.FINISHED if all(outcome.holds for outcome in outcomes) else ExitCode.NOT_HELD
 
 
 def _allowed(given: str) -> list[str]:

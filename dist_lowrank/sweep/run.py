@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from dist_lowrank.exit_codes import ExitCode
 from dist_lowrank.sweep.points import Point, Sweep
 from dist_lowrank.sweep.state import State
 
@@ -59,8 +60,8 @@ class _Running:
 def run_points(sweep: Sweep, slots: Sequence[Mapping[str, str]], start: Start = start_point) -> tuple[State, int]:
     """Runs the points that are not finished yet and waits for them. A point that fails does not keep the others.
 
-    After SIGINT or SIGTERM no further point starts, and those that run are asked to stop; after a second one they are
-    killed. Call it in the main thread.
+    After SIGINT, SIGTERM or SIGUSR1 no further point starts, and those that run are asked to save and stop; after a
+    second one they are killed. Call it in the main thread.
 
     Args:
         slots: one environment for each point that may run at the same time.
@@ -76,7 +77,8 @@ def run_points(sweep: Sweep, slots: Sequence[Mapping[str, str]], start: Start = 
     if len(waiting) < total:
         print(f"{total - len(waiting)} of {total} points were finished before", flush=True)
 
-    previous = {n: signal.signal(n, lambda n, _: received.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in handled}
     passed_on = 0
     try:
         while any(running) or (waiting and not received):
@@ -109,9 +111,9 @@ def _ended(state: State, ended: _Running, code: int, name: str, *, stopped: bool
     if code == 0 and point.run:
         state.set(point, "finished", code)
         print(f"{name} {point.name} finished in {seconds:.0f} s", flush=True)
-    elif stopped:
+    elif stopped or code in (ExitCode.REQUEUE, ExitCode.TERMINATED):  # the second also by its own time limit
         state.set(point, "stopped", code)
-        print(f"{name} {point.name} stopped", flush=True)
+        print(f"{name} {point.name} stopped; the same command continues it", flush=True)
     else:
         state.set(point, "failed", code)
         reason = f" ({line})" if (line := _last_error(point)) else ""

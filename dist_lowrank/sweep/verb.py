@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from dist_lowrank.compare.verb import (
     require_matplotlib,
     write_report,
 )
+from dist_lowrank.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from dist_lowrank.compare.assertions import Assertion
@@ -25,10 +27,12 @@ _EPILOG = f"""\
 overrides are those of `train`; those with several values span the sweep, the last one varies fastest:
   optimizer=adamw,galore,dct_adamw seed=0,1,2     nine points; the first one's settings are the baseline
   optimizer.rank=0.125,0.25 seed=range(3)         range and choice(a,b,c) of Hydra
-The same command goes on where a sweep was stopped or killed: finished points are kept, others start again.
+The same command goes on where a sweep was stopped or killed: finished points are kept, others continue from their
+newest checkpoint, or start again.
 
 {ASSERTIONS}
-exit codes: 0 done, 1 a point failed, 2 refused, 3 an assertion does not hold, 130 and 143 stopped by Ctrl-C and SIGTERM
+exit codes: 0 done, 1 a point failed, 2 refused, 3 an assertion does not hold, 75 stopped by SIGTERM or SIGUSR1, or a
+point by its time limit; 130 Ctrl-C
 """
 
 
@@ -86,7 +90,7 @@ def sweep(
         state, stopped_by = run_points(made, slots, start or start_point)
         if stopped_by:
             print("stopped; the same command goes on from here")
-            return 128 + stopped_by
+            return ExitCode.INTERRUPTED if stopped_by == signal.SIGINT else ExitCode.REQUEUE
         return _compare(state, made.folder / "comparison", assertions or [])
 
 
@@ -95,14 +99,15 @@ def _compare(state: State, folder: Path, assertions: list[Assertion]) -> int:
     from dist_lowrank.compare.groups import COMPARABLE
     from dist_lowrank.compare.markdown import markdown
 
-    failed, runs = state.of("failed"), [point.run for point in state.of("finished")]
+    failed, stopped, runs = state.of("failed"), state.of("stopped"), [point.run for point in state.of("finished")]
     if not runs:
         print("error: no point finished, there is nothing to compare", file=sys.stderr)
-        return 1
+        return ExitCode.FAILED if failed else ExitCode.REQUEUE
     notes = [f"Failed and not in here: {point.name}." for point in failed]
+    notes += [f"Not finished and not in here: {point.name}." for point in stopped]
     paths = [str(run.path) for run in runs if run]
     found = compare(paths, allow=COMPARABLE, assertions=assertions, notes=notes)
     print("\n" + markdown(found), end="")
     write_report(found, folder)
     code = report_outcomes(found.outcomes)
-    return 1 if failed else code
+    return ExitCode.FAILED if failed else ExitCode.REQUEUE if stopped else code
