@@ -62,7 +62,7 @@ CONTENDERS: dict[str, tuple[str, ...]] = {
     "dion3": ("optimizer=dion3", "optimizer.lr=0.01", DENSE),
     "scale": ("optimizer=scale", "optimizer.lr=0.003", DENSE),
     "adafactor": ("optimizer=adafactor", "optimizer.lr=0.003"),
-    "came": ("optimizer=came", "optimizer.lr=0.001"),
+    "came": ("optimizer=came", "optimizer.lr=0.0003"),
     "smmf": ("optimizer=smmf", "optimizer.lr=0.003"),
 }
 NOT_STATE = ("parameters", "gradients", "allocator_peak")

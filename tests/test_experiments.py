@@ -75,6 +75,7 @@ PUBLISHED: dict[tuple[str, str], dict[str, Any]] = {
     ("c4_apollo", "130m"): {"optimizer": {"lr": 0.01, "rank": 192, "residual_scale": 1.0}, "train": {"steps": 20_000}},
     ("c4_apollo_mini", "130m"): {"optimizer": {"lr": 0.01, "rank": 1, "residual_scale": 192.0}},
     ("c4_frugal", "350m"): {"optimizer": {"lr": 1e-3, "rank": 0.25}, "train": {"steps": 300_000, "clip_norm": None}},
+    ("c4_frugal", "7b"): {"optimizer": {"lr": 5e-4, "rank": 0.001, "residual_scale": 0.3, "subspace": "blocks"}},
     ("c4_ldadam", "350m"): {
         "optimizer": {"lr": 1e-3, "betas": (0.908, 0.99), "rho": 0.908, "rank": 8, "residual": "error_feedback"},
         "train": {"steps": 55_000},

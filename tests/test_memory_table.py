@@ -40,14 +40,18 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     "came": ((), (0.350, 0.807, 2.212, 8.043, 40.45)),
     "smmf": ((), (0.124, 0.286, 0.786, 2.853, 14.34)),
     "adamw8bit": ((), (0.234, 0.541, 1.483, 5.398, 27.16)),
+    "muon": ((), (0.298, 0.635, 1.603, 5.619)),  # with Adam for embeddings and head
+    "dion": (("optimizer.rank=0.25",), (0.305, 0.660, 1.691, 5.971, 29.36)),
     # Of these there is no published figure, only the forecast below.
+    "dion3": ((), ()),
     "subtrack": ((), ()),
     "grass": ((), ()),
 }
 
 
 def overrides_of(optimizer: str, size: str) -> list[str]:
-    preset = f"{optimizer}_published" if f"{optimizer}_published" in PRESETS else optimizer
+    columns = optimizer == "frugal"  # the figures are of FRUGAL's columns; its published code has whole matrices
+    preset = f"{optimizer}_published" if f"{optimizer}_published" in PRESETS and not columns else optimizer
     settings = [f"optimizer={preset}", *TABLE[optimizer][0]]
     settings += [f"optimizer.rank={RANKS[size]}"] if optimizer in RANKED else []
     settings += [] if optimizer in OWN_STATE_DTYPES else ["optimizer.state_dtype=weights"]

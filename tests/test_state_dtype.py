@@ -19,6 +19,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "galore": (GaLore, {"refresh_interval": 3}),
     "fira": (Fira, {"refresh_interval": 3}),
     "frugal": (Frugal, {"refresh_interval": 3}),
+    "frugal_blocks": (Frugal, {"refresh_interval": 3, "subspace": "blocks"}),
     "apollo": (Apollo, {"refresh_interval": 3}),
     "ldadam": (LDAdam, {}),
 }

@@ -73,10 +73,14 @@ class Blocks(Recipe):
             wake(moment)
             if age == 1:
                 moment.zero_()
-        mean.lerp_(rows, 1 - self.betas[0])
-        square.mul_(self.betas[1]).addcmul_(rows, rows, value=1 - self.betas[1])
-        root = (square / (1 - self.betas[1] ** age)).sqrt_().add_(self.eps)
-        return Update((mean / (1 - self.betas[0] ** age)).div_(root), WholeRows())
+        first, second = mean.to(rows.dtype), square.to(rows.dtype)  # the moments themselves, unless kept in fewer bits
+        first.lerp_(rows, 1 - self.betas[0])
+        second.mul_(self.betas[1]).addcmul_(rows, rows, value=1 - self.betas[1])
+        if first is not mean:
+            mean.copy_(first)
+            square.copy_(second)
+        root = (second / (1 - self.betas[1] ** age)).sqrt_().add_(self.eps)
+        return Update((first / (1 - self.betas[0] ** age)).div_(root), WholeRows())
 
 
 @lru_cache(maxsize=8)
