@@ -17,7 +17,19 @@ import torch.distributed as dist
 from references import initial_weight, prescribed_gradients
 from torch import Tensor, nn
 
-from dist_lowrank.optim import CAME, SCALE, SMMF, Adafactor, AdamW8bit, DCTAdamW, Trion, param_groups
+from dist_lowrank.optim import (
+    CAME,
+    SCALE,
+    SMMF,
+    Adafactor,
+    AdamW8bit,
+    DCTAdamW,
+    Dion,
+    Dion3,
+    Muon,
+    Trion,
+    param_groups,
+)
 from dist_lowrank.strategies.deepspeed import bind
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -36,6 +48,9 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dct_adamw": (DCTAdamW, {"lr": 0.02, "weight_decay": 0.1, "rank": 3, "refresh_interval": 2}),
     "dct_adamw_error_feedback": (DCTAdamW, {"lr": 0.02, "rank": 2, "error_feedback": "fp32"}),
     "trion": (Trion, {"lr": 0.02, "weight_decay": 0.1, "rank": 3}),
+    "muon": (Muon, {"lr": 0.02, "weight_decay": 0.1}),
+    "dion": (Dion, {"lr": 0.02, "weight_decay": 0.1, "rank": 2}),
+    "dion3": (Dion3, {"lr": 0.02, "weight_decay": 0.1, "rank": 3}),
 }
 # Optimizers without a subspace. `vocabulary_groups` has an embedding and an output head for SCALE.
 OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -161,7 +161,7 @@ def test_optimizer_files_list_every_key_with_the_default_of_the_schema(name: str
         ("model.low_rank=q_proj", "model.low_rank", "q_proj", "a list of text or null"),
         ("name=../escape", "name", "../escape", "text of letters, digits"),
         ("data=text", "data.path", "missing", "text"),
-        ("optimizer.name=sgd", "optimizer.name", "sgd", "adamw, adamw8bit, apollo"),
+        ("optimizer.name=sgd", "optimizer.name", "sgd", "adafactor, adamw"),
         ("optimizer=sgd", "optimizer", "sgd", OPTIMIZERS),
         ("optimizer=null", "optimizer", "null", OPTIMIZERS),
         ("optimizer=[trion,adamw]", "optimizer", '["trion", "adamw"]', OPTIMIZERS),

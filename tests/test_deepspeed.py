@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -82,19 +83,20 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         torch.testing.assert_close(weight, expected[name].to(weight.dtype), atol=tolerance, rtol=0, msg=name)
 
 
-QUICK = {("dct_adamw_error_feedback", 2), ("dct_adamw", 3), ("trion", 4)}
+STRATEGIES = ("zero0", "zero1", "zero2", "zero3")
+QUICK = [("dct_adamw_error_feedback", 2), ("dct_adamw", 3), ("trion", 4)]
+QUICK_CASES = {(strategy, *case) for strategy in STRATEGIES for case in QUICK}
+QUICK_CASES |= {("zero2", "dion3", 2), ("zero2", "dion", 3), ("zero3", "muon", 3)}
 
 
+@supports("exact")
 @pytest.mark.parametrize(
-    ("kind", "world_size"),
+    ("strategy", "kind", "world_size"),
     [
-        pytest.param(kind, world_size, marks=[] if (kind, world_size) in QUICK else pytest.mark.slow)
-        for kind in KINDS
-        for world_size in (1, 2, 3, 4)
+        pytest.param(*case, marks=[] if case in QUICK_CASES else pytest.mark.slow)
+        for case in product(STRATEGIES, KINDS, (1, 2, 3, 4))
     ],
 )
-@supports("exact")
-@pytest.mark.parametrize("strategy", ["zero0", "zero1", "zero2", "zero3"])
 def test_zero_follows_the_one_process_trajectory(strategy: str, world_size: int, kind: str) -> None:
     stage = int(strategy[-1])
     results = run_on_ranks(world_size, _trajectory, configuration(stage), kind)

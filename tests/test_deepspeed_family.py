@@ -1,4 +1,4 @@
-"""GaLore's family under DeepSpeed's ZeRO: each follows its trajectory on one process."""
+"""GaLore's family, Muon and Dion under DeepSpeed's ZeRO: each follows its trajectory on one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,20 @@ from processes import run_on_ranks
 from support_matrix import supports
 from torch import Tensor
 
-from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, Grass, LDAdam, SubTrack, param_groups
+from dist_lowrank.optim import (
+    Apollo,
+    Dion,
+    Dion3,
+    Fira,
+    Frugal,
+    GaLore,
+    GoLore,
+    Grass,
+    LDAdam,
+    Muon,
+    SubTrack,
+    param_groups,
+)
 
 STEPS = 20
 SHARED: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "rank": 2, "refresh_interval": 6}
@@ -29,6 +42,9 @@ FAMILY: dict[str, tuple[Any, dict[str, Any]]] = {
     "ldadam": (LDAdam, {"lr": 0.02, "weight_decay": 0.1, "rank": 2}),
     "subtrack": (SubTrack, {**SHARED, "grassmann_step": 0.01}),
     "grass": (Grass, SHARED),
+    "muon": (Muon, {"lr": 0.02, "weight_decay": 0.1}),
+    "dion": (Dion, {"lr": 0.02, "weight_decay": 0.1, "rank": 2}),
+    "dion3": (Dion3, {"lr": 0.02, "weight_decay": 0.1, "rank": 2}),
 }
 deepspeed_runs.KINDS |= FAMILY
 
@@ -63,7 +79,7 @@ def assert_follow(world_size: int, stage: int, kinds: tuple[str, ...]) -> None:
                 torch.testing.assert_close(weight, one_process(kind)[name], atol=1e-5, rtol=0, msg=f"{kind}: {name}")
 
 
-@pytest.mark.parametrize(("stage", "kinds"), [(2, ("fira", "subtrack")), (3, ("galore", "ldadam"))])
+@pytest.mark.parametrize(("stage", "kinds"), [(2, ("fira", "subtrack")), (3, ("muon", "ldadam"))])
 def test_two_of_the_family_follow_the_one_process_trajectory(stage: int, kinds: tuple[str, ...]) -> None:
     """The quick part of the next."""
     assert_follow(2, stage, kinds)

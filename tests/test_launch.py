@@ -172,6 +172,19 @@ def test_a_signal_to_one_rank_stops_all_of_them(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_stopped_rank_is_named_and_the_run_ends_with_code_76(folder: Path) -> None:
+    run = _start(folder, [COMMAND, "train", *SMALL, FOREVER, "launcher.timeout_seconds=8", "launcher.stop_seconds=60"])
+    _wait_for_steps(folder)
+    victim = max(_ranks(folder, run))
+    os.kill(victim, signal.SIGSTOP)
+    _, errors = run.communicate(timeout=45)  # it does not wait for the stopped rank, which another one kills
+    assert run.returncode == ExitCode.HANG, errors
+    assert f"(process {victim} on " in errors
+    assert "gave no sign of life for 8 seconds" in errors
+    assert "no checkpoint was saved" in errors
+
+
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_all_at_once(folder: Path) -> None:
     run = _start(folder, [COMMAND, "train", *SMALL, FOREVER])
     _wait_for_steps(folder)

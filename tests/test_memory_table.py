@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from dist_lowrank.config import compose
+from dist_lowrank.config.compose import config_directory, group_options
 from dist_lowrank.training.model import build_model, route
 from dist_lowrank.training.optimizers import make_optimizer
 from dist_lowrank.training.parameter_table import parameter_table
 
+PRESETS = group_options(config_directory())["optimizer"]
 SIZES = ("60m", "130m", "350m", "1b", "7b")
 RANKS = dict(zip(SIZES, (128, 256, 256, 512, 1024), strict=True))
 RANKED = ("galore", "galore2", "golore", "fira", "ldadam", "apollo", "subtrack", "grass")
@@ -45,7 +47,8 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
 
 
 def overrides_of(optimizer: str, size: str) -> list[str]:
-    settings = [f"optimizer={optimizer}", *TABLE[optimizer][0]]
+    preset = f"{optimizer}_published" if f"{optimizer}_published" in PRESETS else optimizer
+    settings = [f"optimizer={preset}", *TABLE[optimizer][0]]
     settings += [f"optimizer.rank={RANKS[size]}"] if optimizer in RANKED else []
     settings += [] if optimizer in OWN_STATE_DTYPES else ["optimizer.state_dtype=weights"]
     return [*settings, f"model=llama_{size}", "precision=bf16_weights", "strategy=ddp"]

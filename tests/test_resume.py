@@ -10,6 +10,7 @@ from processes import run_on_ranks
 from resumed_runs import assert_same, folders_of, run_each
 from small_runs import overrides_for
 
+STAGGER = "optimizer.refresh_stagger=true"
 CASES: dict[str, list[str]] = {
     # Stopped in the middle of a refresh interval.
     "ddp-feedback": ["strategy=ddp", "optimizer.error_feedback=fp32", "optimizer.refresh_interval=4"],
@@ -37,6 +38,11 @@ BROAD: dict[str, list[str]] = {
         for s in ("fsdp", "zero2")
         for o in ("adafactor", "adamw8bit", "came", "scale", "smmf", "subtrack", "grass")
     },
+    **{
+        f"{s}-blocks": [f"strategy={s}", "optimizer=frugal_published", "optimizer.refresh_interval=4"]
+        for s in ("ddp", "fsdp", "zero0", "zero2", "zero3")
+    },
+    "fsdp-staggered": ["strategy=fsdp", "optimizer=galore", "optimizer.refresh_interval=4", STAGGER],
     "fsdp-bf16-weights": ["strategy=fsdp", "precision=bf16_weights", "optimizer.weight_rounding=stochastic"],
 }
 

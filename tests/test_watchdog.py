@@ -80,6 +80,7 @@ def test_a_rank_that_hangs_is_named_and_all_end(
             assert "this rank was in backward of step 3" in said
 
 
+@pytest.mark.slow
 def test_a_slow_rank_does_not_count_as_hanging(text: str, tmp_path: Path) -> None:
     def sleep(rank: int) -> None:
         if rank == 1:

@@ -10,7 +10,7 @@ The optimizers' keys are the keyword arguments of the classes in `dist_lowrank.o
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -197,8 +197,6 @@ class MuonConfig:
     state_dtype: StateDtype = None
     weight_rounding: WeightRounding = "nearest"
 
-    rank: ClassVar[float] = 1.0  # of the whole matrix
-
 
 @dataclass(frozen=True, config=_CONFIG)
 class DionConfig:
@@ -314,7 +312,7 @@ class AdafactorConfig:
 class CAMEConfig:
     name: Literal["came"]
     lr: PositiveFloat = 2e-4
-    betas: tuple[Beta, Beta, Beta] = (0.9, 0.999, 0.9999)
+    betas: tuple[Beta, Beta, Beta] = (0.9, 0.95, 0.995)
     eps: tuple[PositiveFloat, PositiveFloat] = (1e-30, 1e-16)
     clip_threshold: PositiveFloat = 1.0
     weight_decay: NonNegativeFloat = 0.0

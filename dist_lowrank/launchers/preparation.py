@@ -12,22 +12,28 @@ from dist_lowrank.training.data import check_data
 
 
 def prepare_run(overrides: Sequence[str], world_size: int | None = None) -> tuple[RunConfig, RunFolder]:
-    """Composes, checks and makes the folder of a run; starts nothing.
+    """Composes, checks and makes the folder of a run; starts nothing. As `check_run`, which says more."""
+    config = check_run(overrides, world_size)
+    return config, create(config, overrides)
+
+
+def check_run(overrides: Sequence[str], world_size: int | None = None) -> RunConfig:
+    """Composes and checks; writes and starts nothing.
 
     Args:
         overrides: Hydra overrides.
         world_size: processes that someone else (torchrun) has started; None: as many as `resolve_processes` says.
 
     Raises:
-        ConfigError: if the run could not work; then nothing was written.
+        ConfigError: if the run could not work.
     """
     config = compose(overrides)
     _check(config, world_size)
-    return config, create(config, overrides)
+    return config
 
 
 def prepare_resume(run: str, overrides: Sequence[str]) -> tuple[RunConfig, RunFolder]:
-    """The same for a new attempt of an unfinished run, configured as its last attempt was.
+    """As `prepare_run`, for a new attempt of an unfinished run, configured as its last attempt was.
 
     Args:
         run: its folder, or one of its attempts.

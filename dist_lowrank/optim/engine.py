@@ -188,6 +188,13 @@ class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
         """The matrices of a bound parameter, each with its recipe."""
         return [(matrix, recipe.at(matrix.position, len(self._positions))) for matrix in bound.matrices]
 
+    @torch.no_grad()  # else local tensors of DTensors are views
+    def resting_state(self) -> list[Tensor]:
+        """This rank's state that may be dormant (`dist_lowrank.optim.dormant`): awake, it can be read into."""
+        state = self.state  # binds
+        owners = [(matrix, matrix.state(state[matrix.parameter])) for matrix in self._matrices()]
+        return [own[key] for matrix, own in owners for key, spec in matrix.specs.items() if spec.dormant]
+
     def _check_before_step(self, everything: Sequence[BoundParameter]) -> None:
         """What can only be told at a step; and, once after binding and after loading, by comparing ranks."""
         check_not_in_backward(everything)

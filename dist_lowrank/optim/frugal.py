@@ -25,8 +25,8 @@ class Frugal(ProjectedAdam):
 
     The published code chooses whole matrices (`subspace="blocks"`: `published`): `round(rank * count)` at a time, in
     `block_order`, have Adam on all of their entries, which takes 2 L n of state, and the others take steps of signs.
-    The turns are told from seed and step. Memory of moments comes and goes with them, but what loads a state through
-    torch.distributed.checkpoint has room for all moments at once, so it has to be an optimizer that made no step.
+    The turns are told from seed and step. Memory of moments comes and goes with them. Only reading a
+    torch.distributed.checkpoint takes room for all moments for a while, and an optimizer that made no step yet.
     """
 
     def __init__(

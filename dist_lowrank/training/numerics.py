@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from itertools import pairwise
 
 from dist_lowrank.exit_codes import NotFinite
 
@@ -47,8 +48,9 @@ def check_not_mostly_skipped(skipped_steps: int, steps: int) -> None:
 class LossSpikes:
     """Tells losses far above those of the last steps; it only tells.
 
-    A spike lies above the median by more than six standard deviations (estimated from the median deviation, so that
-    earlier spikes do not hide later ones) and by more than 1 % of the median.
+    A spike lies above their median by more than six standard deviations of the noise and by more than 1 % of the
+    median. The noise is estimated from the median of the changes from step to step, so that neither a falling loss nor
+    earlier spikes hide a spike.
 
     Args:
         window_steps: how many losses it remembers; it is silent until half of that is there.
@@ -64,8 +66,9 @@ class LossSpikes:
         found = None
         if len(self._recent) * 2 >= (self._recent.maxlen or 0):
             median = statistics.median(self._recent)
-            deviation = 1.4826 * statistics.median(abs(each - median) for each in self._recent)
-            if loss - median > max(6 * deviation, 0.01 * abs(median)):
+            changes = [abs(after - before) for before, after in pairwise(self._recent)]
+            noise = 1.4826 / math.sqrt(2) * statistics.median(changes)
+            if loss - median > max(6 * noise, 0.01 * abs(median)):
                 found = median
         self._recent.append(loss)
         return found

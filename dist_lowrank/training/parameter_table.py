@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_lowrank.config import ConfigError
-from dist_lowrank.config.schema import AdamWConfig, Dion3Config, MuonConfig, RunConfig
+from dist_lowrank.config.schema import AdamWConfig, Dion3Config, RunConfig
 from dist_lowrank.optim.dense import arithmetic_dtype, state_dtype
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.shared_dictionary import role_key, shares_dictionary
@@ -31,7 +31,7 @@ class ParameterRow:
 
     name: str
     shape: tuple[int, ...]
-    path: str  # "low-rank" or "dense"
+    path: str  # "low-rank", "matrix" or "dense"
     side: str  # "left" or "right", and the published side where that is another; "" on the dense path
     n: int | None  # length of the compressed axis
     rank: int | None
@@ -74,9 +74,9 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
             form = forms[name]
             placement, state_bytes = placed[name]
             state_bytes += dictionaries.get(name, 0)
-            rows.append(
-                ParameterRow(name, shape, "low-rank", _side(form, config), form.n, form.rank, placement, state_bytes)
-            )
+            rank = form.rank if hasattr(config.optimizer, "rank") else None
+            path = "matrix" if rank is None else "low-rank"
+            rows.append(ParameterRow(name, shape, path, _side(form, config), form.n, rank, placement, state_bytes))
         else:
             rows.append(ParameterRow(name, shape, "dense", "", None, None, *placed[name]))
     return rows
@@ -161,8 +161,8 @@ def _low_rank_bytes(rows: int, specs: Mapping[str, StateTensor]) -> int:
 
 
 def _side(form: TallForm, config: RunConfig) -> str:
-    """With a remark where it is not the published side: other numbers come out, but for Muon, which has no side."""
-    if isinstance(config.optimizer, MuonConfig):
+    """With a remark where it is not the published side: other numbers come out, but for those that have no subspace."""
+    if not hasattr(config.optimizer, "rank"):
         return form.side
     usual = "left" if isinstance(config.optimizer, Dion3Config) else "shorter"
     published = tall_form(form.shape, usual, form.rank).side

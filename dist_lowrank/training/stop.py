@@ -19,6 +19,7 @@ class StopReason(Enum):
     INTERRUPT = "Ctrl-C"
     TERMINATE = "SIGTERM"
     USER_SIGNAL = "SIGUSR1"
+    HANG_UP = "SIGHUP"  # the terminal was closed
     TIME_LIMIT = "the time limit"
     OTHER_RANK = "a request to another rank"
 
@@ -27,12 +28,13 @@ _REASONS = {
     signal.SIGINT: StopReason.INTERRUPT,
     signal.SIGTERM: StopReason.TERMINATE,
     signal.SIGUSR1: StopReason.USER_SIGNAL,
+    signal.SIGHUP: StopReason.HANG_UP,
 }
 
 
 @contextmanager
 def stop_requests(stop_in_seconds: float | None = None) -> Iterator[list[StopReason]]:
-    """A list that SIGINT, SIGTERM, SIGUSR1 and the clock append to, for the loop to look at between steps.
+    """A list that SIGINT, SIGTERM, SIGUSR1, SIGHUP and the clock append to, for the loop to look at between steps.
 
     A second SIGINT ends the process at once.
 
