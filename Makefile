@@ -8,7 +8,7 @@ TORCH := 2.13.0
 # Where pip finds the CPU build of torch if the user's own pip settings do not offer one.
 TORCH_PIP_ARGS ?= --index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: setup train test test-all test-newest support-matrix fault-matrix lint format wheel clean
+.PHONY: setup train test test-all test-newest support-matrix fault-matrix optimizer-table lint format wheel clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.installed
@@ -50,6 +50,10 @@ support-matrix: setup
 # Runs every fault in every phase, and writes what happened into docs/faults.md.
 fault-matrix: setup
 	$(BIN)/python -m pytest --fault-matrix tests/test_fault_matrix.py $(ARGS)
+
+# Trains the default model with every optimizer, a quarter of an hour, and writes the table of docs/optimizers.md.
+optimizer-table: setup
+	$(BIN)/python benchmarks/optimizers.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .

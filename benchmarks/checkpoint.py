@@ -25,6 +25,7 @@ from dist_lowrank.checkpoint.manifest import FORMAT
 from dist_lowrank.checkpoint.random_state import random_state
 from dist_lowrank.checkpoint.saver import Saved
 from dist_lowrank.config import RunConfig, compose, digest, to_dict
+from dist_lowrank.training.checkpoints import all_finite
 from dist_lowrank.training.evaluate import next_token_loss
 from dist_lowrank.training.model import build_model
 from dist_lowrank.training.strategy import make_strategy
@@ -64,7 +65,9 @@ def measure(rank: int, options: argparse.Namespace, folder: str) -> None:
         for mode, saver in savers.items():
             dist.barrier()
             started = time.perf_counter()
-            saver.save(state.to_save(), random_state(torch.device("cpu")), _sidecar(config, number))
+            shards = state.to_save()
+            assert all_finite(shards)  # as a run does
+            saver.save(shards, random_state(torch.device("cpu")), _sidecar(config, number))
             waited[mode].append(time.perf_counter() - started)
             while mode and not reports[mode][number:]:
                 disturbed.append(step())

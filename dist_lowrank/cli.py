@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dist_lowrank.compare.verb import add_compare
 from dist_lowrank.exit_codes import ExitCode
+from dist_lowrank.sweep.verb import add_sweep
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             subparser.add_argument("run", metavar="RUN", help="its folder, such as runs/NAME")
         subparser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="such as train.steps=500")
         subparser.set_defaults(action=action)
+    add_compare(verbs)
+    add_sweep(verbs)
     options = parser.parse_args(arguments)
     try:
         from dist_lowrank.config import ConfigError
@@ -164,7 +168,8 @@ def _missing(error: ModuleNotFoundError) -> int:
     package = (error.name or "").partition(".")[0]
     if package in ("", "dist_lowrank"):
         raise error
-    print(f"error: package {package} is not installed; install dist-lowrank with its extra [train]", file=sys.stderr)
+    extra = "report" if package == "matplotlib" else "train"
+    print(f"error: package {package} is not installed; install dist-lowrank with its extra [{extra}]", file=sys.stderr)
     return ExitCode.FAILED
 
 

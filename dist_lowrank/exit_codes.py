@@ -1,4 +1,4 @@
-"""What the exit code of `dist-lowrank train` says: a contract with schedulers and scripts (docs/faults.md)."""
+"""What the exit code of `dist-lowrank` says: a contract with schedulers and scripts (docs/faults.md)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ class ExitCode(IntEnum):
     FINISHED = 0
     FAILED = 1  # an exception, or a rank that died; the same command continues from the newest checkpoint
     CONFIGURATION = 2  # refused; nothing was started
+    NOT_HELD = 3  # of `compare` and `sweep`: an assertion does not hold
     RANKS_DIFFER = 66  # in configuration, code or versions
     NOT_FINITE = 67  # loss or gradients, too often
     CHECKPOINT = 69  # cannot be read, or is not of this run

@@ -32,7 +32,7 @@ _ATTEMPT = "dist_lowrank/attempt"  # the folder of the last attempt
 
 def main() -> NoReturn:
     """Entry of a rank that `launchers.local` started, with the attempt's folder as only argument."""
-    _end_with_parent()
+    end_with_parent()
     _exit_quietly_on_signals()
     folder = open_run(sys.argv[1])
     _work(folder.config(), folder, _store(), speaks=False)
@@ -40,7 +40,7 @@ def main() -> NoReturn:
 
 def main_torchrun(overrides: Sequence[str]) -> NoReturn:
     """Entry of a rank under the user's torchrun: rank 0 composes and checks for all, and broadcasts the outcome."""
-    _end_with_parent()
+    end_with_parent()
     _exit_quietly_on_signals()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = _store()
@@ -215,7 +215,7 @@ def _join(config: RunConfig, store: Store) -> torch.device:
     return device
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Asks Linux to kill this rank when its launcher dies, even by SIGKILL, so that no process is left behind."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG

@@ -17,7 +17,19 @@ import torch.distributed as dist
 from references import initial_weight, prescribed_gradients
 from torch import Tensor, nn
 
-from dist_lowrank.optim import DCTAdamW, Trion, param_groups
+from dist_lowrank.optim import (
+    CAME,
+    SCALE,
+    SMMF,
+    Adafactor,
+    AdamW8bit,
+    DCTAdamW,
+    Dion,
+    Dion3,
+    Muon,
+    Trion,
+    param_groups,
+)
 from dist_lowrank.strategies.deepspeed import bind
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -36,6 +48,17 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dct_adamw": (DCTAdamW, {"lr": 0.02, "weight_decay": 0.1, "rank": 3, "refresh_interval": 2}),
     "dct_adamw_error_feedback": (DCTAdamW, {"lr": 0.02, "rank": 2, "error_feedback": "fp32"}),
     "trion": (Trion, {"lr": 0.02, "weight_decay": 0.1, "rank": 3}),
+    "muon": (Muon, {"lr": 0.02, "weight_decay": 0.1}),
+    "dion": (Dion, {"lr": 0.02, "weight_decay": 0.1, "rank": 2}),
+    "dion3": (Dion3, {"lr": 0.02, "weight_decay": 0.1, "rank": 3}),
+}
+# Optimizers without a subspace. `vocabulary_groups` has an embedding and an output head for SCALE.
+OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "scale": (SCALE, {"lr": 0.02, "weight_decay": 0.1}),
+    "adafactor": (Adafactor, {"lr": 0.02, "weight_decay": 0.1}),
+    "came": (CAME, {"lr": 0.02}),
+    "smmf": (SMMF, {"lr": 0.02}),
+    "adamw8bit": (AdamW8bit, {"lr": 0.02}),
 }
 
 
@@ -84,8 +107,17 @@ def configuration(stage: int, *, bf16: bool = False, accumulate: int = 1, **more
     }
 
 
+def vocabulary_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """`param_groups`, as of a model whose first matrix is its embedding and whose second is its output head."""
+    matrices, *dense = param_groups(model)
+    roles = {"weights.tall.weight": "embedding", "weights.wide.weight": "head"}
+    apart = {role: [(n, p) for n, p in matrices["params"] if n == name] for name, role in roles.items()}
+    hidden = [(name, p) for name, p in matrices["params"] if name not in roles]
+    return [{"params": hidden}, *({"params": params, "vocabulary": role} for role, params in apart.items()), *dense]
+
+
 def make_optimizer(kind: str, groups: Any, **options: Any) -> Any:
-    make, defaults = KINDS[kind]
+    make, defaults = (KINDS | OTHERS)[kind]
     return make(groups, **defaults | options)
 
 

@@ -127,6 +127,22 @@ class ReferenceFrugal(ReferenceProjected):
         return psi @ self.P.T + self.kappa * torch.sign(tall - R @ self.P.T)
 
 
+class ReferenceBlocks(ReferenceProjected):
+    """arXiv 2411.07837 with whole matrices: `turns` says of each interval whether it is this matrix's."""
+
+    def step(self, gradient: Tensor) -> None:
+        G, (b1, b2), age = gradient.double(), self.betas, self.t % self.T + 1
+        if age == 1:
+            self.m, self.v = torch.zeros_like(G), torch.zeros_like(G)
+        self.weight = (1 - self.lr * self.weight_decay) * self.weight
+        if self.turns[self.t // self.T]:
+            self.m, self.v = b1 * self.m + (1 - b1) * G, b2 * self.v + (1 - b2) * G**2
+            self.weight -= self.lr * (self.m / (1 - b1**age)) / ((self.v / (1 - b2**age)).sqrt() + self.eps)
+        else:
+            self.weight -= self.lr * self.kappa * torch.sign(G)
+        self.t += 1
+
+
 class ReferenceApollo(ReferenceProjected):
     """arXiv 2412.05270."""
 

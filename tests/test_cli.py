@@ -82,9 +82,8 @@ def test_an_unknown_verb_is_refused_with_the_verbs_there_are(capsys: pytest.Capt
     with pytest.raises(SystemExit) as ended:
         main(["trian"])
     assert ended.value.code == 2
-    assert "invalid choice: 'trian' (choose from 'train', 'check')" in capsys.readouterr().err.replace(
-        "train,", "train',"
-    )
+    told = capsys.readouterr().err.replace("'", "")  # some versions of Python quote the verbs
+    assert "invalid choice: trian (choose from train, resume, check, compare, sweep)" in told
 
 
 def test_importing_the_command_line_imports_neither_torch_nor_hydra() -> None:

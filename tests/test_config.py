@@ -16,16 +16,21 @@ from omegaconf import OmegaConf
 
 from dist_lowrank.config import ConfigError, compose, digest, from_dict, to_dict
 from dist_lowrank.config.compose import config_directory, group_options
-from dist_lowrank.config.schema import AdamWConfig, DCTAdamWConfig, HubData, ProjectedConfig, TrionConfig
+from dist_lowrank.config.schema import (
+    AdamWConfig,
+    DCTAdamWConfig,
+    Dion3Config,
+    DionConfig,
+    HubData,
+    MuonConfig,
+    ProjectedConfig,
+    TrionConfig,
+)
 from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, Grass, LDAdam, SubTrack
 
 DEFAULT = compose()
 RANK = "an integer >= 1 (number of columns) or a float in (0, 1] (fraction of n)"
-OPTIMIZERS = (
-    "adamw, apollo, apollo_mini, apollo_mini_published, apollo_published, dct_adamw, dct_adamw_published, fira, "
-    "fira_published, frugal, galore, galore2, galore_published, golore, golore_published, grass, grass_published, "
-    "ldadam, subtrack, subtrack_published, trion"
-)
+OPTIMIZERS = ", ".join(sorted(path.stem for path in (config_directory() / "optimizer").glob("*.yaml")))
 OPTIONS = [
     f"{group}={name}"
     for group, names in group_options(config_directory()).items()
@@ -103,7 +108,15 @@ def test_the_1b_preset_has_the_heads_of_the_published_json_not_of_the_papers_tab
 
 
 @pytest.mark.parametrize(
-    ("name", "section"), [("dct_adamw", DCTAdamWConfig), ("trion", TrionConfig), ("adamw", AdamWConfig)]
+    ("name", "section"),
+    [
+        ("dct_adamw", DCTAdamWConfig),
+        ("trion", TrionConfig),
+        ("adamw", AdamWConfig),
+        ("muon", MuonConfig),
+        ("dion", DionConfig),
+        ("dion3", Dion3Config),
+    ],
 )
 def test_optimizer_files_list_every_key_with_the_default_of_the_schema(name: str, section: type) -> None:
     listed = OmegaConf.to_container(OmegaConf.load(config_directory() / "optimizer" / f"{name}.yaml"))
@@ -148,7 +161,7 @@ def test_optimizer_files_list_every_key_with_the_default_of_the_schema(name: str
         ("model.low_rank=q_proj", "model.low_rank", "q_proj", "a list of text or null"),
         ("name=../escape", "name", "../escape", "text of letters, digits"),
         ("data=text", "data.path", "missing", "text"),
-        ("optimizer.name=sgd", "optimizer.name", "sgd", "adamw, apollo"),
+        ("optimizer.name=sgd", "optimizer.name", "sgd", "adafactor, adamw"),
         ("optimizer=sgd", "optimizer", "sgd", OPTIMIZERS),
         ("optimizer=null", "optimizer", "null", OPTIMIZERS),
         ("optimizer=[trion,adamw]", "optimizer", '["trion", "adamw"]', OPTIMIZERS),

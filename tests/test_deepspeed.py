@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from itertools import product
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -12,6 +14,7 @@ import torch
 from collectives import CountCollectives
 from deepspeed_runs import (
     KINDS,
+    OTHERS,
     SHAPES,
     Model,
     configuration,
@@ -21,13 +24,14 @@ from deepspeed_runs import (
     set_environment,
     start,
     start_bound,
+    vocabulary_groups,
     weights_of,
 )
 from processes import run_on_ranks
 from support_matrix import supports
 from torch import Tensor
 
-from dist_lowrank.optim import param_groups
+from dist_lowrank.optim import DCTAdamW, param_groups
 from dist_lowrank.sharding.layouts import LayoutError, local
 from dist_lowrank.strategies.deepspeed import bind
 
@@ -35,10 +39,10 @@ STEPS = 20
 
 
 @cache
-def one_process(kind: str, steps: int = STEPS, clip: float = 0.0) -> dict[str, Tensor]:
+def one_process(kind: str, steps: int = STEPS, clip: float = 0.0, groups: Any = param_groups) -> dict[str, Tensor]:
     """Where our optimizer takes the model without DeepSpeed, which other tests compare with the references."""
     model = Model()
-    optimizer = make_optimizer(kind, param_groups(model))
+    optimizer = make_optimizer(kind, groups(model))
     for gradients in gradients_of(steps):
         for module, gradient in zip(model.weights.values(), gradients, strict=True):
             module.weight.grad = gradient.clone()
@@ -79,19 +83,20 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         torch.testing.assert_close(weight, expected[name].to(weight.dtype), atol=tolerance, rtol=0, msg=name)
 
 
-QUICK = {("dct_adamw_error_feedback", 2), ("dct_adamw", 3), ("trion", 4)}
+STRATEGIES = ("zero0", "zero1", "zero2", "zero3")
+QUICK = [("dct_adamw_error_feedback", 2), ("dct_adamw", 3), ("trion", 4)]
+QUICK_CASES = {(strategy, *case) for strategy in STRATEGIES for case in QUICK}
+QUICK_CASES |= {("zero2", "dion3", 2), ("zero2", "dion", 3), ("zero3", "muon", 3)}
 
 
+@supports("exact")
 @pytest.mark.parametrize(
-    ("kind", "world_size"),
+    ("strategy", "kind", "world_size"),
     [
-        pytest.param(kind, world_size, marks=[] if (kind, world_size) in QUICK else pytest.mark.slow)
-        for kind in KINDS
-        for world_size in (1, 2, 3, 4)
+        pytest.param(*case, marks=[] if case in QUICK_CASES else pytest.mark.slow)
+        for case in product(STRATEGIES, KINDS, (1, 2, 3, 4))
     ],
 )
-@supports("exact")
-@pytest.mark.parametrize("strategy", ["zero0", "zero1", "zero2", "zero3"])
 def test_zero_follows_the_one_process_trajectory(strategy: str, world_size: int, kind: str) -> None:
     stage = int(strategy[-1])
     results = run_on_ranks(world_size, _trajectory, configuration(stage), kind)
@@ -99,6 +104,33 @@ def test_zero_follows_the_one_process_trajectory(strategy: str, world_size: int,
         assert_same(result["weights"], one_process(kind))
     if stage > 0 and world_size > 1:
         assert_cut_badly([result["layout"] for result in results])
+
+
+def _without_a_subspace(rank: int, stage: int) -> dict[str, dict[str, Tensor]]:
+    """All of them in one group of processes."""
+    found = {}
+    for kind in OTHERS:
+        engine = start_bound(configuration(stage), kind, groups=vocabulary_groups)
+        for gradients in gradients_of(STEPS):
+            feed(engine, gradients)
+        found[kind] = weights_of(engine)
+    return found
+
+
+@cache
+def without_a_subspace(stage: int, world_size: int) -> list[dict[str, dict[str, Tensor]]]:
+    return run_on_ranks(world_size, _without_a_subspace, stage, timeout_seconds=120)
+
+
+@supports("exact")
+@pytest.mark.parametrize("optimizer", OTHERS)
+@pytest.mark.parametrize(
+    "strategy", ["zero2", *(pytest.param(f"zero{stage}", marks=pytest.mark.slow) for stage in (0, 1, 3))]
+)
+def test_optimizers_without_a_subspace_follow_their_one_process_trajectory(strategy: str, optimizer: str) -> None:
+    expected = one_process(optimizer, groups=vocabulary_groups)
+    for found in without_a_subspace(int(strategy[-1]), 3):
+        assert_same(found[optimizer], expected)
 
 
 # Variants of the layout. Each says what it is (a stage, DeepSpeed's settings) and on how many ranks.
@@ -440,3 +472,37 @@ def test_a_step_exchanges_torn_rows_and_sums_once_and_left_sides_back(stage: int
         assert calls == [[ROWS, SUM, ROWS], []]
     for calls in run_on_ranks(2, _count_collectives, configuration(stage), "trion"):
         assert calls == [[ROWS, SUM, SUM, ROWS], []]
+
+
+# Two matrices to a role, on both sides.
+SHARING = {"q0": (7, 5), "wide0": (5, 6), "bias": (5,), "q1": (9, 5), "wide1": (5, 8)}
+SHARED = {"lr": 0.02, "rank": 3, "dictionary": "shared", "dictionary_interval": 4, "refresh_interval": 2}
+
+
+def _sharing(rank: int, stages: list[int], zero: dict[str, Any]) -> list[tuple[dict[str, Tensor], int]]:
+    """By stage: weights after 10 steps, and the bytes of dictionaries."""
+    found = []
+    with mock.patch.dict(KINDS, {"dct_adamw": (DCTAdamW, SHARED)}):
+        for stage in stages:
+            engine = start_bound(configuration(stage, zero=zero), model=Model(SHARING))
+            for gradients in gradients_of(10, SHARING):
+                feed(engine, gradients)
+            found.append((weights_of(engine), engine.basic_optimizer.memory_bytes()["shared_dictionary"]))
+    return found
+
+
+def test_dictionaries_are_shared_under_zero_as_on_one_process() -> None:
+    model = Model(SHARING)
+    optimizer = DCTAdamW(param_groups(model), **SHARED)
+    for gradients in gradients_of(10, SHARING):
+        for module, gradient in zip(model.weights.values(), gradients, strict=True):
+            module.weight.grad = gradient.clone()
+        optimizer.step()
+    for results in run_on_ranks(2, _sharing, [0, 2, 3], {}):
+        for weights, dictionary_bytes in results:
+            assert_same(weights, {name: module.weight.detach() for name, module in model.weights.items()})
+            assert dictionary_bytes == 2 * 5 * 5 * 4
+    # Stage 3 steps with one sub-group after the other, so that each has dictionaries of its own.
+    for results in run_on_ranks(2, _sharing, [3], {"sub_group_size": 40}):
+        ((_, dictionary_bytes),) = results
+        assert dictionary_bytes > 2 * 5 * 5 * 4

@@ -25,6 +25,7 @@ OPTIMIZERS: dict[str, list[str]] = {
     "feedback": ["optimizer.error_feedback=fp32", "optimizer.refresh_interval=5"],
     "trion": ["optimizer=trion"],
     "adamw": ["optimizer=adamw"],
+    "shared": ["optimizer.dictionary=shared", "optimizer.dictionary_interval=4"],
     "low-bit": ["optimizer.error_feedback=int4", "optimizer.moment_dtype=int8"],
 }
 

@@ -74,9 +74,9 @@ def _assert_survives(text: str, runs: Path, run: str, victim: int, step: int, ph
     (unbroken,) = folders_of([*shared, "checkpoint.interval_steps=null"], runs / "unbroken", 1)
     first, second = folders_of(shared, runs / "broken", 2)
     with pytest.raises(RankFailure, match="exit status 9"):
-        run_on_ranks(2, _killed, first, victim, step, phase)
+        run_on_ranks(2, _killed, first, victim, step, phase, timeout_seconds=180)
     assert newest_good(first.checkpoints) == (committed(first.checkpoints) or [None])[-1]
-    for continued, whole in run_on_ranks(2, run_each, [(second, None), (unbroken, None)]):
+    for continued, whole in run_on_ranks(2, run_each, [(second, None), (unbroken, None)], timeout_seconds=180):
         assert_same(continued["end"], whole["end"])
         for where, loss in continued["losses"].items():
             assert loss == whole["losses"][where], where

@@ -15,6 +15,7 @@ from trajectories import (
     assert_bitwise_equal,
     assert_equals_references,
     both,
+    each,
     feed,
     make,
     make_gradients,
@@ -49,7 +50,7 @@ def test_tensors_that_are_no_matrix_follow_torchs_adamw(dtype: torch.dtype) -> N
             torch.testing.assert_close(p, q, rtol=0, atol=tolerance)
 
 
-@both
+@each
 def test_a_group_without_low_rank_follows_torchs_adamw_with_its_own_options(kind: str) -> None:
     shapes = [(8, 6), (5,)]
     ours, theirs = make_parameters(shapes, torch.float64), make_parameters(shapes, torch.float64)
@@ -65,7 +66,7 @@ def test_a_group_without_low_rank_follows_torchs_adamw_with_its_own_options(kind
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
-@both
+@each
 @pytest.mark.parametrize("case", ["weight", "gradient", "slice"])
 def test_a_dense_tensor_with_unusual_strides_takes_the_same_step(kind: str, case: str) -> None:
     """A kernel that walks memory in order would pair entries wrongly, or write beyond a slice."""
@@ -86,7 +87,7 @@ def test_a_dense_tensor_with_unusual_strides_takes_the_same_step(kind: str, case
     assert torch.equal(storage[..., 1::2], beyond)
 
 
-@both
+@each
 @pytest.mark.parametrize("shape", [(6,), (6, 4)], ids=str)
 def test_a_complex_parameter_is_refused_not_silently_made_real(kind: str, shape: tuple[int, ...]) -> None:
     parameter = Parameter(torch.full(shape, 1 + 1j))
@@ -182,7 +183,7 @@ def test_a_step_without_any_gradient_changes_nothing(kind: str) -> None:
     assert_equals_references(optimizer, feed_only, references)
 
 
-@both
+@each
 def test_frozen_parameters_stay_as_they_are(kind: str) -> None:
     parameters = make_parameters(MIXED_SHAPES)
     frozen = [parameters[0], parameters[2]]
@@ -201,7 +202,7 @@ def test_frozen_parameters_stay_as_they_are(kind: str) -> None:
 # Gradients, closures, schedulers, scalers
 
 
-@both
+@each
 def test_step_never_changes_a_gradient(kind: str) -> None:
     parameters = make_parameters(MIXED_SHAPES, torch.float32)
     optimizer = make(kind, parameters)
@@ -211,7 +212,7 @@ def test_step_never_changes_a_gradient(kind: str) -> None:
         assert_bitwise_equal([p.grad for p in parameters], kept)
 
 
-@both
+@each
 def test_gradients_and_weights_may_be_strided(kind: str) -> None:
     plain = [Parameter(initial_weight((8, 6)))]
     strided = [Parameter(initial_weight((8, 6)).T.contiguous().T)]
@@ -224,7 +225,7 @@ def test_gradients_and_weights_may_be_strided(kind: str) -> None:
     torch.testing.assert_close(plain[0], strided[0], rtol=0, atol=1e-12)
 
 
-@both
+@each
 def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned(kind: str) -> None:
     parameters, others = make_parameters([(8, 6), (6,)]), make_parameters([(8, 6), (6,)])
     with_closure, without = make(kind, parameters), make(kind, others)
@@ -249,7 +250,7 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned(kind: str) 
     assert_bitwise_equal([p.detach() for p in parameters], [p.detach() for p in others])
 
 
-@both
+@each
 def test_zero_grad_clears_gradients_only(kind: str) -> None:
     parameters = make_parameters(MIXED_SHAPES)
     optimizer = make(kind, parameters)
@@ -292,7 +293,7 @@ def test_the_dense_rate_of_trion_follows_the_schedule_in_proportion() -> None:
         torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-12)
 
 
-@both
+@each
 def test_the_learning_rate_may_be_a_tensor(kind: str) -> None:
     parameters, others = make_parameters(MIXED_SHAPES), make_parameters(MIXED_SHAPES)
     train(make(kind, parameters, lr=torch.tensor(2.0**-6)), parameters, steps=3)
@@ -300,7 +301,7 @@ def test_the_learning_rate_may_be_a_tensor(kind: str) -> None:
     assert_bitwise_equal([p.detach() for p in parameters], [p.detach() for p in others])
 
 
-@both
+@each
 def test_a_step_that_the_gradient_scaler_skips_leaves_weights_and_step_count(kind: str) -> None:
     parameters = make_parameters([(8, 6), (6,)], torch.float32)
     optimizer = make(kind, parameters)
@@ -331,7 +332,7 @@ def test_float32_follows_the_float64_reference(kind: str) -> None:
     assert_equals_references(make(kind, parameters, rank=1.0), parameters, references, tolerance=2e-5)
 
 
-@both
+@each
 def test_bf16_weights_take_the_float32_update_rounded_once(kind: str) -> None:
     narrow = make_parameters(MIXED_SHAPES, torch.bfloat16)
     wide = [Parameter(p.detach().float()) for p in narrow]
@@ -391,7 +392,7 @@ def test_the_same_run_twice_is_bitwise_equal_and_leaves_the_users_random_state(k
     assert_bitwise_equal(*results)
 
 
-@both
+@each
 def test_cutting_the_work_in_waves_changes_nothing(kind: str) -> None:
     results = []
     for workspace_bytes in (1, 2**30):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
-from dist_lowrank.optim import DCTAdamW, full_state_dict
+from dist_lowrank.optim import DCTAdamW, Dion, Dion3, Muon, full_state_dict
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -35,10 +36,22 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: 
         optimizer.step()
 
 
+WHOLE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "muon": (Muon, {"lr": 0.01}),
+    "dion": (Dion, {"lr": 0.01, "rank": 0.5}),
+    "dion3": (Dion3, {"lr": 0.01, "rank": 0.5}),
+}
+# Where these are cut otherwise than they were saved.
+RESUMED = [
+    *product(["dct_adamw_feedback", "trion"], [("fsdp", 4), ("fsdp", 2), ("fsdp", 1), ("fsdp_rows", 3)], [False, True]),
+    *product(WHOLE, [("fsdp_rows", 3)], [False]),
+]
+
+
 def build(strategy: str, world_size: int, optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    make, options = OPTIMIZERS[optimizer]
+    make, options = (OPTIMIZERS | WHOLE)[optimizer]
     model = Model(SHAPES, torch.float64)
-    shard(model, strategy, world_size, options["rank"])
+    shard(model, strategy, world_size, options.get("rank", 0.5))
     return model, make(model.named_parameters(), **options)
 
 
@@ -75,9 +88,19 @@ def _resume(rank: int, folder: str, strategy: str, world_size: int, optimizer: s
     return {name: full(p) for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("optimizer", ["dct_adamw_feedback", "trion"])
-@pytest.mark.parametrize(("strategy", "world_size"), [("fsdp", 4), ("fsdp", 2), ("fsdp", 1), ("fsdp_rows", 3)])
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "optimizer", "flatten"),
+    [
+        pytest.param(
+            *ranks,
+            name,
+            flatten,
+            id=f"{'-'.join(map(str, ranks))}-{name}-{'flat' if flatten else 'nested'}",
+            marks=pytest.mark.slow if name in ("muon", "dion") else (),
+        )
+        for name, ranks, flatten in RESUMED
+    ],
+)
 def test_a_torch_checkpoint_saved_on_4_ranks_continues_on_fewer(
     tmp_path: Path, strategy: str, world_size: int, optimizer: str, flatten: bool
 ) -> None:

@@ -17,7 +17,8 @@ NAMES = {
     "transition": ["move", "reset", "keep"],
     "error_feedback": ["none", "fp32", "bf16", "int8", "int4"],
     "weight_rounding": ["nearest", "stochastic"],
-    "scale": ["spectral", "match_rms_adamw", "none"],
+    "scale": ["spectral", "fan_ratio", "match_rms_adamw", "none"],
+    "orthogonalization": ["newton_schulz", "polar_express"],
 }
 BAD_IN_BOTH: list[tuple[str, Any]] = [
     *(("rank", value) for value in (0, -1, 1.5, 0.0, -0.5, "a", None, True, float("nan"))),
@@ -45,6 +46,19 @@ BAD: list[tuple[str, str, Any]] = [
     ("trion", "dense_lr", -1.0),
     ("trion", "dense_betas", (0.9, 1.0)),
     ("trion", "dense_eps", -1.0),
+    *(("muon", "nesterov", value) for value in (1, None)),
+    ("muon", "momentum", 1.0),
+    ("muon", "orthogonalization", "svd"),
+    *(("muon", "newton_schulz_steps", value) for value in (0, 1.5)),
+    ("muon", "newton_schulz_dtype", torch.float16),
+    ("muon", "moment_dtype", torch.int8),
+    ("muon", "scale", "muon"),
+    ("muon", "side", "both"),
+    ("muon", "dense_betas", (0.9, 1.0)),
+    *((kind, "rank", value) for kind in ("dion", "dion3") for value in (0, 1.5, None)),
+    *((kind, "momentum", value) for kind in ("dion", "dion3") for value in (1.0, "much")),
+    ("dion", "moment_dtype", "bf16"),
+    *(("dion3", "neuron_beta", value) for value in (1.0, -0.1)),
 ]
 
 
@@ -119,3 +133,9 @@ def test_stochastic_rounding_of_float16_is_refused_with_the_name_of_the_paramete
     parameters = make_parameters([shape], torch.float16)
     with pytest.raises(ValueError, match=r"attention\.q.*bfloat16"):
         train(make(kind, [("attention.q", parameters[0])], weight_rounding="stochastic"), parameters, steps=1)
+
+
+def test_more_directions_than_rows_are_refused_by_dion_with_the_name_of_the_parameter() -> None:
+    parameters = make_parameters([(4, 9)])
+    with pytest.raises(ValueError, match=r"attention\.q.*rank: 9 is not allowed with side='right'; allowed: up to 4"):
+        train(make("dion", [("attention.q", parameters[0])], rank=1.0, side="right"), parameters, steps=1)

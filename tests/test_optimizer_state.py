@@ -15,6 +15,7 @@ from trajectories import (
     assert_bitwise_equal,
     assert_equals_references,
     both,
+    each,
     make,
     make_parameters,
     references_of,
@@ -48,6 +49,10 @@ def state_variants() -> list[Any]:
         pytest.param("trion", torch.float32, {}, id="trion"),
         pytest.param("trion", torch.bfloat16, {"weight_rounding": "stochastic"}, id="trion-bf16-weights-stochastic"),
         pytest.param("trion", torch.bfloat16, {"dictionary": "random", "seed": 3}, id="trion-bf16-weights-random"),
+        pytest.param("muon", torch.float32, {}, id="muon"),
+        pytest.param("muon", torch.bfloat16, {"state_dtype": "weights"}, id="muon-bf16-weights-and-state"),
+        pytest.param("dion", torch.float32, {"moment_dtype": torch.bfloat16}, id="dion-bf16-moments"),
+        pytest.param("dion3", torch.float64, {}, id="dion3-float64"),
     ]
 
 
@@ -84,7 +89,7 @@ def test_a_loaded_state_continues_bitwise_in_its_dtypes(
     assert_bitwise_equal([q.detach() for q in others], [p.detach() for p in parameters])
 
 
-@both
+@each
 def test_loading_takes_a_copy(kind: str) -> None:
     parameters = make_parameters(MIXED_SHAPES)
     optimizer = make(kind, parameters)
@@ -121,7 +126,7 @@ def test_low_rank_state_is_as_small_as_promised(kind: str) -> None:
         assert numbers <= (2 * 24 * 3 if kind == "dct_adamw" else 24 * 10) + 3 + 3 + 1
 
 
-@both
+@each
 @pytest.mark.parametrize(
     "through", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
 )

@@ -183,3 +183,48 @@ def test_names_do_not_depend_on_wrappers() -> None:
     assert any("_checkpoint_wrapped_module" in name for name, _ in wrapped.named_parameters())
     assert names_of(param_groups(wrapped)) == expected
     assert names_of(param_groups(torch.compile(Plain()))) == expected
+
+
+# Embeddings and output heads as matrices
+
+
+def roles_of(groups: list[dict[str, Any]]) -> dict[str, str]:
+    """By name: `low-rank`, `dense`, or what a matrix of the vocabulary is."""
+    kinds = [group.get("vocabulary") or ("low-rank" if group.get("low_rank", True) else "dense") for group in groups]
+    return {name: kind for kind, group in zip(kinds, groups, strict=True) for name, _ in group["params"]}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_matrices_of_the_vocabulary_have_groups_that_say_which_they_are(tied: bool) -> None:
+    model = llama(tied)
+    before, roles = roles_of(param_groups(model)), roles_of(param_groups(model, vocabulary="matrices"))
+    changed = {name: role for name, role in roles.items() if role != before[name]}
+    assert roles.keys() == before.keys()
+    assert changed == (
+        {"model.embed_tokens.weight": "tied"}
+        if tied
+        else {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
+    )
+
+
+def test_heads_are_known_by_name_where_the_model_does_not_say_and_tied_ones_by_any_of_their_names() -> None:
+    model = Plain()
+    roles = roles_of(param_groups(model, vocabulary="matrices"))
+    assert {name: role for name, role in roles.items() if role not in ("low-rank", "dense")} == {
+        "embedding.weight": "embedding",
+        "lm_head.weight": "head",
+    }
+    assert roles["lm_head.bias"] == "dense"
+    model.lm_head.weight = model.embedding.weight
+    assert roles_of(param_groups(model, vocabulary="matrices"))["embedding.weight"] == "tied"
+    gpt = roles_of(param_groups(gpt2(), vocabulary="matrices"))
+    assert (gpt["transformer.wte.weight"], gpt["transformer.wpe.weight"]) == ("tied", "embedding")
+
+
+def test_patterns_come_before_the_vocabulary_only_where_they_say_dense() -> None:
+    roles = roles_of(param_groups(Plain(), low_rank=["lm_head*"], dense=["embedding*"], vocabulary="matrices"))
+    assert roles["lm_head.weight"] == "head"
+    assert roles["embedding.weight"] == "dense"
+    assert roles["mixer.0.weight"] == "dense"
+    with pytest.raises(ValueError, match="vocabulary: 'rows' is not allowed; allowed: dense, matrices"):
+        param_groups(Plain(), vocabulary="rows")

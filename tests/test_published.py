@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from trajectories import KINDS, SHAPES, assert_equals_references, both, make, make_parameters, references_of
+from trajectories import (
+    KINDS,
+    SHAPES,
+    WHOLE_KINDS,
+    assert_equals_references,
+    both,
+    make,
+    make_parameters,
+    references_of,
+    train,
+)
 
 from dist_lowrank.config import compose
-from dist_lowrank.optim import Apollo, Fira, GaLore, GoLore, Grass, SubTrack, published
+from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, Grass, SubTrack, published
 
 # What differs from our defaults, from the published constructors and algorithms.
 DIFFERENCES: dict[str, dict[str, Any]] = {
@@ -26,6 +36,7 @@ FAMILY: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "apollo": (Apollo, {}, {"decay_last": True}),
     "apollo_mini": (Apollo, {"rank": 1, "per": "tensor", "scale": 128.0}, {"decay_last": True}),
     "subtrack": (SubTrack, {}, {"residual_inside": 0.75, "decay_last": True}),
+    "frugal": (Frugal, {}, {"subspace": "blocks"}),
     "grass": (Grass, {}, {"transition": "reset"}),
 }
 
@@ -69,6 +80,27 @@ def test_the_command_line_gives_the_same_published_settings(kind: str) -> None:
     config = compose([f"optimizer={kind}_published", "model=llama_60m"]).optimizer
     assert config.name == kind
     assert {key: getattr(config, key) for key in published(kind)} == published(kind)
+
+
+OF_WHOLE: dict[str, dict[str, Any]] = {
+    "muon": {"newton_schulz_dtype": torch.bfloat16, "state_dtype": "weights", "dense_eps": 1e-10},
+    "dion": {"rank": 1.0, "state_dtype": "weights"},
+    "dion3": {"newton_schulz_dtype": torch.bfloat16, "state_dtype": "weights"},
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE_KINDS)
+def test_published_settings_of_whole_matrices_differ_from_the_defaults_in_what_is_listed_and_run(kind: str) -> None:
+    make_whole = WHOLE_KINDS[kind][0]
+    defaults = {k: p.default for k, p in inspect.signature(make_whole.__init__).parameters.items()}
+    assert {key: value for key, value in published(kind).items() if value != defaults[key]} == OF_WHOLE[kind]
+    config = compose([f"optimizer={kind}_published", "model=llama_60m"]).optimizer
+    assert config.name == kind
+    for key, value in published(kind).items():
+        assert getattr(config, key) == ("bf16" if value is torch.bfloat16 else value), key
+    parameters = make_parameters(SHAPES, torch.bfloat16)
+    train(make_whole(parameters, **published(kind)), parameters, steps=2)
+    assert all(p.isfinite().all() for p in parameters)
 
 
 def test_an_optimizer_without_published_settings_is_refused() -> None:

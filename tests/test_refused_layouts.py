@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from processes import run_on_ranks
-from support_matrix import supports
+from support_matrix import OPTIMIZERS, supports
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from dist_lowrank.optim import DCTAdamW, Trion, param_groups
+import dist_lowrank.optim
+from dist_lowrank.optim import DCTAdamW, param_groups
 from dist_lowrank.sharding.layouts import LayoutError
 
-BOTH: list[Any] = [DCTAdamW, Trion]
+# By class. What they refuse is the engine's doing, so one group of processes goes through them all.
+NEEDED: dict[str, dict[str, Any]] = {"GoLore": {"switch_step": 9}}
+EVERY: list[Callable[..., torch.optim.Optimizer]] = [
+    partial(getattr(dist_lowrank.optim, name), **NEEDED.get(name, {})) for name in OPTIMIZERS
+]
 
 
 def message_of(updater: torch.optim.Optimizer, parameters: list[torch.Tensor], error: type[Exception]) -> str:
@@ -32,7 +38,18 @@ def message_of(updater: torch.optim.Optimizer, parameters: list[torch.Tensor], e
     return str(caught.value)
 
 
-def _fsdp1(rank: int, make: Any, use_orig_params: bool) -> str:
+def _with_every_optimizer(rank: int, refused: Callable[..., str], *arguments: Any) -> list[str]:
+    return [refused(make, *arguments) for make in EVERY]
+
+
+def on_every_rank(world_size: int, refused: Callable[..., str], *arguments: Any) -> list[str]:
+    """What every optimizer says on every rank."""
+    found = run_on_ranks(world_size, _with_every_optimizer, refused, *arguments)
+    assert [len(messages) for messages in found] == [len(OPTIMIZERS)] * world_size
+    return [message for messages in found for message in messages]
+
+
+def _fsdp1(make: Any, use_orig_params: bool) -> str:
     model = FullyShardedDataParallel(
         nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)),
         use_orig_params=use_orig_params,
@@ -49,14 +66,13 @@ def _fsdp1(rank: int, make: Any, use_orig_params: bool) -> str:
     reason="no matrix can be told from its flattened parameters; use FSDP2, `torch.distributed.fsdp.fully_shard`",
 )
 @pytest.mark.parametrize("use_orig_params", [False, True])
-@pytest.mark.parametrize("make", BOTH)
-def test_fsdp1_is_refused_and_fsdp2_named(make: Any, use_orig_params: bool) -> None:
-    for message in run_on_ranks(2, _fsdp1, make, use_orig_params):
+def test_fsdp1_is_refused_and_fsdp2_named(use_orig_params: bool) -> None:
+    for message in on_every_rank(2, _fsdp1, use_orig_params):
         assert "flattened by FSDP1" in message
         assert "allowed: FSDP2, `torch.distributed.fsdp.fully_shard`" in message
 
 
-def _strided(rank: int, make: Any) -> str:
+def _strided(make: Any) -> str:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
     model = nn.Sequential(nn.Linear(8, 8, bias=False))
     parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel()})
@@ -73,14 +89,13 @@ def _strided(rank: int, make: Any) -> str:
     strategy="strided shards",
     reason="no rank holds a block of whole rows; `low_rank=False` updates such a parameter densely",
 )
-@pytest.mark.parametrize("make", BOTH)
-def test_strided_shards_are_refused_by_name(make: Any) -> None:
-    for message in run_on_ranks(4, _strided, make):
+def test_strided_shards_are_refused_by_name() -> None:
+    for message in on_every_rank(4, _strided):
         assert "'layer.weight'" in message
         assert "low_rank=False" in message
 
 
-def _two_dimensions(rank: int, make: Any) -> str:
+def _two_dimensions(make: Any) -> str:
     mesh = init_device_mesh("cpu", (2, 2))
     parameter = nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0), Shard(1)]))
     updater = make([("layer.weight", parameter)])
@@ -96,9 +111,8 @@ def _two_dimensions(rank: int, make: Any) -> str:
     strategy="two sharded mesh dimensions",
     reason="no rank holds whole rows of either axis; `low_rank=False` updates such a parameter densely",
 )
-@pytest.mark.parametrize("make", BOTH)
-def test_shards_over_two_mesh_dimensions_are_refused_by_name(make: Any) -> None:
-    for message in run_on_ranks(4, _two_dimensions, make):
+def test_shards_over_two_mesh_dimensions_are_refused_by_name() -> None:
+    for message in on_every_rank(4, _two_dimensions):
         assert "'layer.weight' is sharded over 2 mesh dimensions" in message
         assert "low_rank=False" in message
 
@@ -117,7 +131,7 @@ def test_a_stack_divided_over_two_mesh_dimensions_is_refused() -> None:
         assert "allowed: one" in message
 
 
-def _hooks(rank: int, make: Any, sharded: bool) -> str:
+def _hooks(make: Any, sharded: bool) -> str:
     torch.manual_seed(0)
     model = nn.Linear(6, 4)
     if sharded:
@@ -147,9 +161,8 @@ def _hooks(rank: int, make: Any, sharded: bool) -> str:
     "may step from hooks)",
 )
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicas", "dtensors"])
-@pytest.mark.parametrize("make", BOTH)
-def test_layer_wise_hooks_are_refused_where_ranks_share_parameters(make: Any, sharded: bool) -> None:
-    for message in run_on_ranks(2, _hooks, make, sharded):
+def test_layer_wise_hooks_are_refused_where_ranks_share_parameters(sharded: bool) -> None:
+    for message in on_every_rank(2, _hooks, sharded):
         assert "called during backward, from a gradient hook" in message
         assert "allowed: step() after backward" in message
 

@@ -10,10 +10,11 @@ from processes import run_on_ranks
 from resumed_runs import assert_same, folders_of, run_each
 from small_runs import overrides_for
 
+STAGGER = "optimizer.refresh_stagger=true"
 CASES: dict[str, list[str]] = {
     # Stopped in the middle of a refresh interval.
     "ddp-feedback": ["strategy=ddp", "optimizer.error_feedback=fp32", "optimizer.refresh_interval=4"],
-    "fsdp-trion": ["strategy=fsdp", "optimizer=trion"],
+    "fsdp-trion": ["strategy=fsdp", "optimizer=trion", "checkpoint.asynchronous=false"],
     "zero2-feedback": ["strategy=zero2", "optimizer.error_feedback=fp32", "optimizer.refresh_interval=4"],
     "fsdp-low-bit": ["strategy=fsdp", "optimizer.error_feedback=int4", "optimizer.moment_dtype=int8"],
 }
@@ -28,6 +29,20 @@ BROAD: dict[str, list[str]] = {
         f"fsdp-{o}": ["strategy=fsdp", f"optimizer={o}", "optimizer.refresh_interval=4"]
         for o in ("galore", "fira", "frugal", "ldadam", "apollo", "golore")
     },
+    **{
+        f"{s}-shared": [f"strategy={s}", "optimizer.dictionary=shared", "optimizer.dictionary_interval=4"]
+        for s in ("ddp", "fsdp", "zero2", "zero3")
+    },
+    **{
+        f"{s}-{o}": [f"strategy={s}", f"optimizer={o}"]
+        for s in ("fsdp", "zero2")
+        for o in ("adafactor", "adamw8bit", "came", "scale", "smmf", "subtrack", "grass")
+    },
+    **{
+        f"{s}-blocks": [f"strategy={s}", "optimizer=frugal_published", "optimizer.refresh_interval=4"]
+        for s in ("ddp", "fsdp", "zero0", "zero2", "zero3")
+    },
+    "fsdp-staggered": ["strategy=fsdp", "optimizer=galore", "optimizer.refresh_interval=4", STAGGER],
     "fsdp-bf16-weights": ["strategy=fsdp", "precision=bf16_weights", "optimizer.weight_rounding=stochastic"],
 }
 

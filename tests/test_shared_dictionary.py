@@ -73,7 +73,13 @@ METHODS: dict[str, tuple[Any, dict[str, Any], Any, dict[str, Any], float]] = {
         FAMILY | {"alpha": 0.25, "transition": "move"},
         1e-10,
     ),
-    "fira": (Fira, FAMILY, SharedFira, FAMILY | {"alpha": 0.25, "corrected_eps": False, "inside": 0.0}, 1e-10),
+    "fira": (
+        Fira,
+        FAMILY,
+        SharedFira,
+        FAMILY | {"alpha": 0.25, "corrected_eps": False, "inside": 0.0, "transition": "move"},
+        1e-10,
+    ),
     "frugal": (Frugal, FAMILY, SharedFrugal, FAMILY | {"transition": "reset", "kappa": 1.0}, 1e-10),
 }
 
@@ -399,6 +405,22 @@ def test_a_dictionary_counts_once_for_all_matrices_of_its_role() -> None:
     assert held["shared_dictionary"] == 3 * 8 * 8 * 4
     assert held["dictionary"] == held["projection"] == 0
     assert held["indices"] == len(MATRICES) * 3
+
+
+def _damaged(rank: int) -> str:
+    named = _parameters()
+    optimizer = _shared(list(named.items()), verify_every=2)
+    _fed(optimizer, named, range(1, 2))
+    if rank == 1:
+        optimizer.state[named["layers.0.o.weight"]]["dictionary"][0, 0] += 1e-3
+    with pytest.raises(RuntimeError) as caught:
+        _fed(optimizer, named, range(2, 3))
+    return str(caught.value)
+
+
+def test_a_dictionary_that_is_not_the_same_on_all_ranks_stops_the_run() -> None:
+    for message in run_on_ranks(2, _damaged):
+        assert "on rank 1 are not those of rank 0" in message
 
 
 def _of_the_budget(rank: int, strategy: str) -> list[tuple[str, int]]:

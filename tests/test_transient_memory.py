@@ -17,7 +17,24 @@ from processes import run_on_ranks
 from test_sharded_trajectories import Model, random_cuts, shard
 from torch import nn
 
-from dist_lowrank.optim import Apollo, DCTAdamW, Fira, Frugal, GaLore, LDAdam, SubTrack, Trion
+from dist_lowrank.optim import (
+    CAME,
+    SCALE,
+    SMMF,
+    Adafactor,
+    AdamW8bit,
+    Apollo,
+    DCTAdamW,
+    Dion,
+    Dion3,
+    Fira,
+    Frugal,
+    GaLore,
+    LDAdam,
+    Muon,
+    SubTrack,
+    Trion,
+)
 from dist_lowrank.optim.rounding import CHUNK_ELEMENTS
 from dist_lowrank.optim.shared_dictionary import kept_bytes
 from dist_lowrank.optim.transient import held_bytes, scratch_bytes
@@ -77,8 +94,16 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any], torch.dtype]] = {
         {"transform": "fft", "materialize": False, "dictionary": "hadamard", "refresh_interval": 2},
         torch.float32,
     ),
+    "scale, embedding, bf16 weights": (SCALE, {"vocabulary": "embedding"}, BF16),
+    "adafactor": (Adafactor, {}, torch.float32),
+    "came": (CAME, {}, torch.float32),
+    "smmf, bf16 weights": (SMMF, {}, BF16),
+    "adamw8bit": (AdamW8bit, {}, torch.float32),
     "bf16 weights": (DCTAdamW, {}, BF16),
     "bf16 weights, stochastic": (DCTAdamW, {"weight_rounding": "stochastic"}, BF16),
+    "muon": (Muon, {}, torch.float32),
+    "dion": (Dion, {"moment_dtype": BF16, "rank": 0.5}, torch.float32),
+    "dion3": (Dion3, {}, torch.float32),
 }
 
 
@@ -87,7 +112,9 @@ def _steps(
 ) -> tuple[list[Allocations], int]:
     """What steps allocate, with and without refresh, and what is allowed; state and dictionaries were made before."""
     make, options, dtype = OPTIMIZERS[optimizer]
-    options = {"lr": 0.01, "rank": 0.25, "workspace_bytes": workspace_bytes, "verify_every": 0, **options}
+    rank_of_subspace = {} if make in (CAME, SCALE, SMMF, Adafactor, AdamW8bit, Muon) else {"rank": 0.25}
+    options = {"lr": 0.01, **rank_of_subspace, "workspace_bytes": workspace_bytes, "verify_every": 0, **options}
+    of_groups = {"vocabulary": options.pop("vocabulary")} if "vocabulary" in options else {}
     model = Model(SHAPES, dtype)
     named: list[tuple[str, Any]]
     if layout == "flat":
@@ -95,10 +122,10 @@ def _steps(
         flat = {name: p.detach().flatten()[slice(*cuts[name][rank])] for name, p in model.named_parameters()}
         named = [(name, nn.Parameter(values)) for name, values in flat.items()]
     else:
-        shard(model, layout, world_size, options["rank"])
+        shard(model, layout, world_size, options.get("rank", 0.25))
         named = list(model.named_parameters())
     groups = [
-        {"params": [(name, p) for name, p in named if name not in DENSE]},
+        {"params": [(name, p) for name, p in named if name not in DENSE], **of_groups},
         {"params": [(name, p) for name, p in named if name in DENSE], "low_rank": False},
     ]
     updater = make(groups, **options)
@@ -135,6 +162,9 @@ def _measure(_: int, layout: str, world_size: int, rank: int) -> dict[tuple[str,
     gc.collect()
     gc.freeze()  # what the tests have imported is garbage to nobody
     dist.init_process_group("fake", rank=rank, world_size=world_size)
+    send = dist.all_to_all_single
+    # The fake group fills what it receives with what it sends, and refuses where that is nothing.
+    dist.all_to_all_single = lambda received, sent, **sizes: len(sent) and send(received, sent, **sizes)
     return {
         (optimizer, workspace_bytes): _steps(rank, layout, world_size, optimizer, workspace_bytes)
         for optimizer in OPTIMIZERS
@@ -149,7 +179,7 @@ def test_a_step_needs_at_most_the_workspace_and_one_matrix(layout: str, world_si
         case = f"{layout} {world_size} rank {rank}, {optimizer}, workspace {workspace_bytes}"
         for found in steps:
             print(f"{case}: {found.peak_bytes / 2**10:.0f} KiB of {allowed_bytes / 2**10:.0f}")
-            assert found.count > 100, case
+            assert found.count > 50, case
             assert abs(found.remaining_bytes) < 20_000, case
             assert found.peak_bytes <= allowed_bytes, case
 

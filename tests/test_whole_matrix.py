@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -27,9 +29,11 @@ from dist_lowrank.optim.orthogonalization import Orthogonalize
 from dist_lowrank.optim.projections import RandomProjection
 from dist_lowrank.optim.rounding import RandomBits
 from dist_lowrank.optim.subspace import Place
-from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.exchanged import FlatSlice, flat_layout
 from dist_lowrank.sharding.layouts import TallForm, tall_form
 from dist_lowrank.sharding.pieces import FlatPart
+from dist_lowrank.sharding.rounds import Task, run_rounds
+from dist_lowrank.sharding.rule import OnOwner
 
 BF16 = torch.bfloat16
 MUON: list[dict[str, Any]] = [
@@ -323,3 +327,37 @@ def test_sharded_trajectories_equal_one_process(strategy: str, world_size: int, 
                         atol=tolerance,
                         msg=f"{name}, {parameter}, step {step}",
                     )
+
+
+def _count_rows(matrices: Tensor) -> Tensor:
+    """Sees all rows: adds to each element how many rows there are in its matrix, and the sum of its column."""
+    return matrices + matrices.shape[1] + matrices.sum(dim=1, keepdim=True)
+
+
+def _on_owners_of_random_cuts(rank: int, world_size: int) -> None:
+    """Two flat matrices of one shape and a third, cut anywhere, by random seeds."""
+    generator = random.Random(world_size)
+    group = dist.group.WORLD
+    for _ in range(40):
+        shapes = [(generator.randint(1, 7), generator.randint(1, 6)) for _ in range(2)]
+        tasks, expected = [], []
+        for shape in (*shapes, shapes[0]):
+            size = shape[0] * shape[1]
+            borders = [0, *sorted(generator.randint(0, size) for _ in range(world_size - 1)), size]
+            form = tall_form(shape, generator.choice(["right", "left"]), 1.0)
+            layout = flat_layout(form, [FlatSlice(shape, *cut) for cut in pairwise(borders)], rank, group)
+            values = torch.tensor([[generator.random() for _ in range(form.n)] for _ in range(form.rows)])
+            tasks.append(Task(_ask_owner(values[layout.start : layout.stop]), layout))
+            expected.append(_count_rows(values[None])[0, layout.start : layout.stop])
+        for found, wanted in zip(run_rounds(tasks), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def _ask_owner(rows: Tensor) -> Any:
+    return (yield OnOwner(rows, _count_rows))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_owners_see_every_row_once_and_return_each_to_all_that_hold_it(world_size: int) -> None:
+    """Torn rows are held twice or more, some ranks hold nothing."""
+    run_on_ranks(world_size, _on_owners_of_random_cuts, world_size)

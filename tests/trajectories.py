@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from dist_lowrank.dictionaries import columns
-from dist_lowrank.optim import DCTAdamW, Trion
+from dist_lowrank.optim import DCTAdamW, Dion, Dion3, Muon, Trion
 
 # Tall, wide, square, one row, one column.
 SHAPES = [(24, 10), (10, 24), (12, 12), (1, 9), (9, 1)]
@@ -97,14 +97,24 @@ KINDS: dict[str, tuple[type[Optimizer], type, dict[str, Any]]] = {
     "dct_adamw": (DCTAdamW, ReferenceDCTAdamW, {"lr": 0.02, "weight_decay": 0.1, "rank": 3, "refresh_interval": 2}),
     "trion": (Trion, ReferenceTrion, {"lr": 0.02, "weight_decay": 0.1, "rank": 3}),
 }
+# Those that orthogonalise whole matrices, for tests that need no reference and no option of columns.
+WHOLE_KINDS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "muon": (Muon, {"lr": 0.02, "weight_decay": 0.1}),
+    "dion": (Dion, {"lr": 0.02, "weight_decay": 0.1, "rank": 3}),
+    "dion3": (Dion3, {"lr": 0.02, "weight_decay": 0.1, "rank": 3}),
+}
 # Two matrices and two dense tensors.
 MIXED_SHAPES = [(8, 6), (4, 10), (6,), (2, 3, 4)]
 
 both = pytest.mark.parametrize("kind", KINDS)
+each = pytest.mark.parametrize("kind", [*KINDS, *WHOLE_KINDS])
 
 
 def make(kind: str, parameters: Any, **options: Any) -> Any:
     """An optimizer of this kind with options that exercise it."""
+    if kind in WHOLE_KINDS:
+        whole_class, of_whole = WHOLE_KINDS[kind]
+        return whole_class(parameters, **of_whole | options)
     optimizer_class, _, defaults = KINDS[kind]
     return optimizer_class(parameters, **defaults | options)
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from dist_lowrank.checkpoint.shards import Shard, shard_of
 from dist_lowrank.optim.binding import canonical_name
+from dist_lowrank.optim.dormant import sleep, wake
+from dist_lowrank.optim.engine import LowRankOptimizer
 
 
 class TrainingState(Protocol):
@@ -41,10 +43,26 @@ class NativeState:
     def to_load(self, *, weights_only: bool) -> dict[str, Shard]:
         if weights_only:
             return {name: shard_of(tensor) for name, tensor in model_tensors(self.model).items()}
+        wake_state(self.optimizer)
         return self.to_save()  # filled in place
 
     def loaded(self) -> None:
-        pass
+        let_state_sleep(self.optimizer)
+
+
+def wake_state(optimizer: torch.optim.Optimizer) -> None:
+    """Gives all of the optimizer's state memory, so that it can be filled."""
+    if isinstance(optimizer, LowRankOptimizer):
+        for tensor in optimizer.resting_state():
+            wake(tensor)
+
+
+def let_state_sleep(optimizer: torch.optim.Optimizer) -> None:
+    """Takes back the memory of state that was filled with zeros, where the optimizer needs none for them."""
+    if isinstance(optimizer, LowRankOptimizer):
+        for tensor in optimizer.resting_state():
+            if not tensor.any():
+                sleep(tensor)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import count
 from pathlib import Path
@@ -100,7 +100,7 @@ class RunFolder:
 def create(config: RunConfig, overrides: Sequence[str], run: Path | None = None) -> RunFolder:
     """Makes the folder of a new attempt: of the unfinished run with the same digest, else of a fresh run.
 
-    With `resume=none` it is a fresh run always.
+    With `resume=none` it is a fresh run always. One that starts from another's checkpoint has a digest of its own.
 
     Commands that start at the same moment get different attempts, because making the attempt's folder is exclusive.
 
@@ -137,9 +137,7 @@ def begin_again(folder: RunFolder) -> RunFolder:
     Raises:
         ConfigError: the folder cannot be written.
     """
-    config = folder.config()
-    config = replace(config, resume=replace(config.resume, source="auto"))  # it has begun, wherever it began
-    return create(config, (folder.attempt_path / "overrides.txt").read_text().splitlines(), folder.path)
+    return create(folder.config(), (folder.attempt_path / "overrides.txt").read_text().splitlines(), folder.path)
 
 
 def open_run(path: str | Path) -> RunFolder:

@@ -39,6 +39,8 @@ Projection = Literal[
 ]
 ErrorFeedback = Literal["error_feedback", "error_feedback_bf16", "error_feedback_int8", "error_feedback_int4"]
 AddedRows = Literal["sign", "norm_scaled", "gradient_scaled"]
+Scale = Literal["spectral", "fan_ratio", "match_rms_adamw", "none"]
+Orthogonalization = Literal["newton_schulz", "polar_express"]
 StateDtype = Literal["weights"] | None  # null: of the arithmetic
 WeightRounding = Literal["nearest", "stochastic"]  # of bf16 weights
 Vocabulary = Literal["dense", "matrices"]  # the path of embeddings and output head
@@ -168,7 +170,65 @@ class TrionConfig:
     ranking: Ranking = "l2"
     side: Side = "shorter"
     newton_schulz_steps: PositiveInt = 5
-    scale: Literal["spectral", "match_rms_adamw", "none"] = "spectral"
+    scale: Scale = "spectral"
+    dense_lr: PositiveFloat = 3e-4
+    dense_betas: tuple[Beta, Beta] = (0.9, 0.95)
+    dense_eps: PositiveFloat = 1e-8
+    state_dtype: StateDtype = None
+    weight_rounding: WeightRounding = "nearest"
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class MuonConfig:
+    name: Literal["muon"]
+    lr: PositiveFloat = 0.02
+    momentum: Beta = 0.95
+    weight_decay: NonNegativeFloat = 0.0
+    nesterov: bool = True
+    scale: Scale = "spectral"
+    orthogonalization: Orthogonalization = "newton_schulz"
+    newton_schulz_steps: PositiveInt = 5
+    newton_schulz_dtype: Literal["fp32", "bf16"] | None = None
+    side: Side = "right"
+    moment_dtype: Literal["fp32", "bf16"] | None = None
+    dense_lr: PositiveFloat = 3e-4
+    dense_betas: tuple[Beta, Beta] = (0.9, 0.95)
+    dense_eps: PositiveFloat = 1e-8
+    state_dtype: StateDtype = None
+    weight_rounding: WeightRounding = "nearest"
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class DionConfig:
+    name: Literal["dion"]
+    lr: PositiveFloat = 0.01
+    momentum: Beta = 0.95
+    weight_decay: NonNegativeFloat = 0.01
+    rank: Rank = 0.25
+    side: Side = "shorter"
+    scale: Scale = "fan_ratio"
+    moment_dtype: Literal["fp32", "bf16"] | None = None
+    dense_lr: PositiveFloat = 3e-4
+    dense_betas: tuple[Beta, Beta] = (0.9, 0.95)
+    dense_eps: PositiveFloat = 1e-8
+    state_dtype: StateDtype = None
+    weight_rounding: WeightRounding = "nearest"
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Dion3Config:
+    name: Literal["dion3"]
+    lr: PositiveFloat = 0.01
+    momentum: Beta = 0.95
+    weight_decay: NonNegativeFloat = 0.01
+    rank: Rank = 0.25
+    neuron_beta: Beta | None = 0.95
+    side: Literal[Side, "shorter_left"] = "left"
+    scale: Scale = "fan_ratio"
+    orthogonalization: Orthogonalization = "polar_express"
+    newton_schulz_steps: PositiveInt = 5
+    newton_schulz_dtype: Literal["fp32", "bf16"] | None = None
+    moment_dtype: Literal["fp32", "bf16"] | None = None
     dense_lr: PositiveFloat = 3e-4
     dense_betas: tuple[Beta, Beta] = (0.9, 0.95)
     dense_eps: PositiveFloat = 1e-8
@@ -193,7 +253,8 @@ class ProjectedConfig:
     rank: Rank = 0.25
     alpha: PositiveFloat = 1.0
     side: Literal["shorter", "shorter_left", "longer", "right", "left", "unsharded"] = "shorter"
-    subspace: Literal[Projection, Dictionary] = "svd"
+    subspace: Literal[Projection, Dictionary, "blocks"] = "svd"
+    block_order: Literal["random", "ascending", "descending", "mirror"] = "random"
     refresh_interval: PositiveInt = 200
     refresh_stagger: bool = False
     switch_step: PositiveInt | None = None  # null: after 80 % of the steps
@@ -251,7 +312,7 @@ class AdafactorConfig:
 class CAMEConfig:
     name: Literal["came"]
     lr: PositiveFloat = 2e-4
-    betas: tuple[Beta, Beta, Beta] = (0.9, 0.999, 0.9999)
+    betas: tuple[Beta, Beta, Beta] = (0.9, 0.95, 0.995)
     eps: tuple[PositiveFloat, PositiveFloat] = (1e-30, 1e-16)
     clip_threshold: PositiveFloat = 1.0
     weight_decay: NonNegativeFloat = 0.0
@@ -396,11 +457,24 @@ class CheckpointConfig:
 class ResumeConfig:
     """Where a run starts; `resume=VALUE` is short for `resume.source=VALUE`."""
 
-    source: str = (
-        "auto"  # auto: this run's newest checkpoint; none: a fresh run; or a checkpoint, or a run that has some
-    )
-    weights_only: bool = False  # start at step 0 with these weights; of another optimizer, say
+    # auto: an unfinished run of this configuration continues; none: a fresh run, with a folder of its own; or the path
+    # of a checkpoint, or of a run that has some: a run of its own too, which starts there and continues itself later.
+    source: str = "auto"
+    weights_only: bool = False  # start at step 0 with the weights of `source`; of another optimizer, say
     fallback: bool = False  # if the newest checkpoint is damaged, take the newest good one
+
+    @property
+    def starts_elsewhere(self) -> bool:
+        return self.source not in ("auto", "none")
+
+    @model_validator(mode="after")
+    def _weights_are_of_something(self) -> ResumeConfig:
+        if self.weights_only and not self.starts_elsewhere:
+            raise ValueError(
+                f"weights_only: true is not allowed with resume={self.source}; allowed: with the path of a checkpoint "
+                "or of a run"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -422,6 +496,9 @@ class RunConfig:
     optimizer: Annotated[
         DCTAdamWConfig
         | TrionConfig
+        | MuonConfig
+        | DionConfig
+        | Dion3Config
         | ProjectedConfig
         | SCALEConfig
         | AdafactorConfig

@@ -62,7 +62,9 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def digest(config: RunConfig) -> str:
     """12 hexadecimal digits that name what the run computes, whatever it runs on."""
     data = to_dict(config)
-    if not config.resume.weights_only:  # which starts another run
+    if config.resume.starts_elsewhere:  # another run then, with a folder of its own
+        del data["resume"]["fallback"]
+    else:
         del data["resume"]
     for path in _NOT_SCIENCE:
         *sections, key = path.split(".")

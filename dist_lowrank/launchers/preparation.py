@@ -12,22 +12,28 @@ from dist_lowrank.training.data import check_data
 
 
 def prepare_run(overrides: Sequence[str], world_size: int | None = None) -> tuple[RunConfig, RunFolder]:
-    """Composes, checks and makes the folder of a run; starts nothing.
+    """Composes, checks and makes the folder of a run; starts nothing. As `check_run`, which says more."""
+    config = check_run(overrides, world_size)
+    return config, create(config, overrides)
+
+
+def check_run(overrides: Sequence[str], world_size: int | None = None) -> RunConfig:
+    """Composes and checks; writes and starts nothing.
 
     Args:
         overrides: Hydra overrides.
         world_size: processes that someone else (torchrun) has started; None: as many as `resolve_processes` says.
 
     Raises:
-        ConfigError: if the run could not work; then nothing was written.
+        ConfigError: if the run could not work.
     """
     config = compose(overrides)
     _check(config, world_size)
-    return config, create(config, overrides)
+    return config
 
 
 def prepare_resume(run: str, overrides: Sequence[str]) -> tuple[RunConfig, RunFolder]:
-    """The same for a new attempt of an unfinished run, configured as its last attempt was.
+    """As `prepare_run`, for a new attempt of an unfinished run, configured as its last attempt was.
 
     Args:
         run: its folder, or one of its attempts.
@@ -42,8 +48,6 @@ def prepare_resume(run: str, overrides: Sequence[str]) -> tuple[RunConfig, RunFo
     before = (last.attempt_path / "overrides.txt").read_text().splitlines()
     given = {each.partition("=")[0].lstrip("+") for each in overrides}
     kept = [each for each in before if each.partition("=")[0].lstrip("+") not in given]
-    if not (last.config().resume.weights_only or "resume" in given):
-        kept = [each for each in kept if each.partition("=")[0].lstrip("+") not in ("resume", "resume.source")]
     config = compose([*kept, *overrides])
     if digest(config) != digest(last.config()):
         raise ConfigError(
@@ -66,7 +70,7 @@ def _check(config: RunConfig, world_size: int | None) -> None:
     from dist_lowrank.training.parameter_table import parameter_table  # slow: imports transformers
 
     parameter_table(config, world_size)  # for its checks: names match, layouts are supported
-    if config.resume.source not in ("auto", "none"):
+    if config.resume.starts_elsewhere:
         _check_source(config)
 
 

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dist_lowrank.optim.dense import DenseParameter, arithmetic_dtype, dense_state, state_dtype
+from dist_lowrank.optim.dormant import dormant_zeros
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.roles import Role
 from dist_lowrank.optim.state import StateTensor
@@ -185,7 +186,8 @@ def _zeros(piece: Piece, layout: Layout, spec: StateTensor, parameter: Tensor) -
             mesh = parameter.device_mesh  # type: ignore[attr-defined]
             placements = placements or [Replicate() for _ in range(mesh.ndim)]
             placements[stack.mesh_axis] = Shard(0)
-    values = torch.zeros(block, dtype=spec.dtype, device=local(parameter).device)
+    zeros = dormant_zeros if spec.dormant else torch.zeros
+    values = zeros(block, dtype=spec.dtype, device=local(parameter).device)
     if mesh is None or not placements:
         return values
     stride = torch.empty(shape, device="meta").stride()

@@ -30,8 +30,8 @@ class CAME(DirectOptimizer):
 
     | | |
     |---|---|
-    | defaults | betas (0.9, 0.999, 0.9999), eps (1e-30, 1e-16), clip_threshold 1, lr 2e-4; no bias correction |
-    | for LLaMA, by its authors | betas (0.9, 0.95, 0.995), lr 0.5 to 0.9 of AdamW's |
+    | defaults | betas (0.9, 0.95, 0.995), its authors' for LLaMA, at 0.5 to 0.9 of AdamW's lr; eps (1e-30, 1e-16) |
+    | of its authors' class | betas (0.9, 0.999, 0.9999): the first step's rms is 11 lr, without bias correction |
     | decay | before the update |
     | state per matrix | R C + 2 (R + C) numbers: more than Adam's in bf16 |
     | sums per step | C + 1 numbers, 1, and C + 1 |
@@ -49,7 +49,7 @@ class CAME(DirectOptimizer):
         self,
         params: Any,
         lr: float = 2e-4,
-        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        betas: tuple[float, float, float] = (0.9, 0.95, 0.995),
         eps: tuple[float, float] = (1e-30, 1e-16),
         *,
         clip_threshold: float = 1.0,

@@ -36,8 +36,8 @@ from dist_lowrank.optim.given import GivenParameters
 from dist_lowrank.optim.options import PATH_OPTIONS, check_choice, check_count, check_number, check_path_options
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.shared_dictionary import dictionaries_of_step, join_roles, shares_dictionary
-from dist_lowrank.optim.state_dict import load_into, validate_state_dict
-from dist_lowrank.optim.wave import count_steps, cut_waves, no_autocast, update_wave, verify_columns
+from dist_lowrank.optim.state_dict import load_into, validate_state_dict, writable_if_fresh
+from dist_lowrank.optim.wave import Job, count_steps, cut_waves, no_autocast, update_wave, verify_columns
 from dist_lowrank.sharding.pieces import FlatPart, FlatPlace, check_parts
 
 WORKSPACE_BYTES = 512 * 2**20
@@ -169,7 +169,7 @@ class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
                         f"{option}: {structure[option]!r} is not allowed after state was made with "
                         f"{bound.structure[option]!r}; allowed: the same"
                     )
-                jobs += [(matrix, recipe.at(matrix.position)) for matrix in bound.matrices]
+                jobs += self.jobs(recipe, bound)
             dense.append((self.dense_options(group), [each for bound in updated for each in bound.dense]))
         count_steps(jobs, state)
         learning = dictionaries_of_step(jobs, self._matrices(), state, self._dictionaries, self.workspace_bytes)
@@ -183,6 +183,17 @@ class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
         if jobs and self.verify_every and self._steps % self.verify_every == 0:
             verify_columns(self._matrices(), state)
         return loss
+
+    def jobs(self, recipe: Recipe, bound: BoundParameter) -> list[Job]:
+        """The matrices of a bound parameter, each with its recipe."""
+        return [(matrix, recipe.at(matrix.position, len(self._positions))) for matrix in bound.matrices]
+
+    @torch.no_grad()  # else local tensors of DTensors are views
+    def resting_state(self) -> list[Tensor]:
+        """This rank's state that may be dormant (`dist_lowrank.optim.dormant`): awake, it can be read into."""
+        state = self.state  # binds
+        owners = [(matrix, matrix.state(state[matrix.parameter])) for matrix in self._matrices()]
+        return [own[key] for matrix, own in owners for key, spec in matrix.specs.items() if spec.dormant]
 
     def _check_before_step(self, everything: Sequence[BoundParameter]) -> None:
         """What can only be told at a step; and, once after binding and after loading, by comparing ranks."""
@@ -372,7 +383,8 @@ class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
         What one rank saves of DTensors is that rank's alone; `full_state_dict` gathers.
         """
         self._drop_orphans()
-        return super().state_dict()
+        state_dict = super().state_dict()
+        return {**state_dict, "state": {key: writable_if_fresh(state) for key, state in state_dict["state"].items()}}
 
     def _drop_orphans(self) -> None:
         """Forgets the state of parameters that were replaced."""

@@ -15,7 +15,7 @@ class Frugal(ProjectedAdam):
     | | |
     |---|---|
     | refresh | steps 1, T + 1, ...; T = 200 |
-    | directions | `coordinates`: r columns at random (the paper's columns); `svd`, `stiefel`, or a dictionary |
+    | directions | `coordinates`: r columns at random (the paper's columns); `svd`, `stiefel`, a dictionary; `blocks` |
     | side | the shorter axis; square: right |
     | epsilon | 1e-8, added after bias correction |
     | decay | before the update |
@@ -23,7 +23,10 @@ class Frugal(ProjectedAdam):
     | moments and their bias correction at a refresh | start anew |
     | state per matrix | 2 L r moments, 1 integer or n r projection |
 
-    The published code chooses whole matrices by default (`blocks`), which is not offered here.
+    The published code chooses whole matrices (`subspace="blocks"`: `published`): `round(rank * count)` at a time, in
+    `block_order`, have Adam on all of their entries, which takes 2 L n of state, and the others take steps of signs.
+    The turns are told from seed and step. Memory of moments comes and goes with them. Only reading a
+    torch.distributed.checkpoint takes room for all moments for a while, and an optimizer that made no step yet.
     """
 
     def __init__(

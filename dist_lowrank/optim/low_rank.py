@@ -65,7 +65,7 @@ class LowRank(Recipe):
         parts = (self.subspace, self.moments, self.residual)
         return {key: spec for part in parts for key, spec in part.state(form, dtype).items()}
 
-    def at(self, position: int) -> LowRank:
+    def at(self, position: int, count: int) -> LowRank:
         return replace(self, refresh_offset=position % self.refresh_interval) if self.refresh_stagger else self
 
     def refreshes(self, step: int) -> bool:

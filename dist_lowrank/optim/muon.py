@@ -84,7 +84,9 @@ class Muon(LowRankOptimizer):
             for parameters sharded along dimension 1.
         moment_dtype: of the momentum between steps; None: as `state_dtype` says.
         dense_lr, dense_betas, dense_eps, state_dtype, weight_rounding, seed: as `Trion`'s.
-        engine: process_group, workspace_bytes, verify_every, agree_on_gradients: as `DCTAdamW`'s.
+        engine: process_group, workspace_bytes, verify_every, agree_on_gradients: as `DCTAdamW`'s. Owners work wave by
+            wave: unless the workspace holds as many matrices as there are ranks (about ten times the largest matrix),
+            some ranks have nothing to compute.
 
     Raises:
         ValueError: for an option that is not allowed, naming it, its value and what is.

@@ -12,20 +12,22 @@ from typing import Any
 import torch
 
 from dist_lowrank.dictionaries import DICTIONARIES
+from dist_lowrank.optim.blocks import Blocks
 from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.grassmann import Grassmann
 from dist_lowrank.optim.low_rank import LowRank
 from dist_lowrank.optim.moments import Adam
-from dist_lowrank.optim.options import ENGINE_OPTIONS, check_choice, refuse
+from dist_lowrank.optim.options import ENGINE_OPTIONS, check_choice, check_rank, refuse
 from dist_lowrank.optim.projections import PowerIteration, RandomizedSvd, RandomProjection, Svd, SvdThenRandom
+from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.residuals import Accumulate, Drop, GradientScaled, NormScaled, Residual, Sign
 from dist_lowrank.optim.shared_columns import columns_of
 from dist_lowrank.optim.storage import Floats, Levels, Storage
 from dist_lowrank.optim.subspace import Subspace
 
 PROJECTIONS = ("svd", "randomized_svd", "power", "grassmann", "svd_then_stiefel", "gaussian", "stiefel", "coordinates")
-SUBSPACES = (*PROJECTIONS, *DICTIONARIES, "shared")
+SUBSPACES = (*PROJECTIONS, *DICTIONARIES, "shared", "blocks")
 ERROR_FEEDBACKS: Mapping[str, Storage] = {
     "error_feedback": Floats(),
     "error_feedback_bf16": Floats(torch.bfloat16),
@@ -48,6 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "dictionary_interval": 600,
     "rho": 0.908,
     "grassmann_step": 10.0,
+    "block_order": "random",
     "ranking": "l2",
     "transform": "gemm",
     "materialize": True,
@@ -73,15 +76,16 @@ class ProjectedAdam(LowRankOptimizer):
 
     Args:
         lr, betas, eps, weight_decay: as AdamW's, of matrices and of the dense path.
-        rank: number of directions (int) or fraction of n (float).
+        rank: number of directions (int) or fraction of n (float); with `blocks`, of matrices.
         alpha: factor of the lifted direction, but not of what the residual adds.
         side: as `DCTAdamW`'s; `shorter_left` sends square matrices left.
         subspace: `svd`; `randomized_svd`; `power`, one power iteration from the subspace before, on `rho` of momentum
             and `1 - rho` of gradient; `grassmann`, the subspace before, turned by `grassmann_step` towards what it
             misses; `gaussian`, `stiefel`, `coordinates`, drawn at random; `svd_then_stiefel`, drawn from `switch_step`
-            on; or the columns of most energy of a dictionary, `dct2`, `dct3`, `hadamard`, `random`,
-            `identity` (with `ranking`, `transform`, `materialize` as `DCTAdamW`'s), `shared` (which changes every
-            `dictionary_interval` steps, a multiple of refresh_interval).
+            on; or the columns of most energy of a dictionary, `dct2`, `dct3`, `hadamard`, `random`, `identity` (with
+            `ranking`, `transform`, `materialize` as `DCTAdamW`'s), `shared` (which changes every `dictionary_interval`
+            steps, a multiple of refresh_interval). Or `blocks`, FRUGAL's: whole matrices take turns.
+        block_order: of `blocks`: `random`; `ascending`, `descending`, going round; `mirror`, up and then down.
         refresh_interval: T; directions are chosen at steps 1, T + 1, 2 T + 1, ...
         refresh_stagger: as `DCTAdamW`'s.
         transition: of the moments when the directions change: `keep`, `move`, `reset`, `move_variance`.
@@ -109,11 +113,13 @@ class ProjectedAdam(LowRankOptimizer):
             check_choice("option", name, tuple(DEFAULTS))
         super().__init__(params, DEFAULTS | options, **engine)
 
-    def recipe(self, group: dict[str, Any]) -> LowRank:
+    def recipe(self, group: dict[str, Any]) -> Recipe:
         check_choice("moment_dtype", group["moment_dtype"], (None, torch.float32, torch.bfloat16, torch.int8))
         check_choice("bias_correction", group["bias_correction"], ("step", "choice"))
         by_age = group["bias_correction"] == "choice"
         _check_parts(group)
+        if group["subspace"] == "blocks":
+            return _blocks(group)
         same = ("lr", "weight_decay", "rank", "side", "seed", "weight_rounding", "refresh_interval", "transition")
         return LowRank(
             **{key: group[key] for key in (*same, "alpha", "decay_last", "return_momentum", "refresh_stagger")},
@@ -164,6 +170,26 @@ def _subspace(group: Mapping[str, Any]) -> Subspace:
         return Grassmann(group["grassmann_step"])
     kinds = {"gaussian": "gaussian", "stiefel": "orthonormal", "coordinates": "coordinates"}
     return RandomProjection(kinds[name]) if name in kinds else Svd() if name == "svd" else RandomizedSvd()
+
+
+def _blocks(group: Mapping[str, Any]) -> Blocks:
+    fixed = {"transition": "reset", "bias_correction": "choice", "residual": "sign", "moment_dtype": None, "alpha": 1.0}
+    fixed |= {"corrected_eps": True, "refresh_stagger": False}
+    for name, value in fixed.items():
+        if group[name] != value:
+            raise refuse(name, group[name], f"{value} with subspace='blocks'")
+    if group["higher_dims"] == "stack":
+        raise refuse("higher_dims", "stack", "dense, flatten with subspace='blocks': matrices of a stack share state")
+    check_rank(group["rank"])
+    same = ("lr", "weight_decay", "side", "seed", "weight_rounding", "betas", "eps", "decay_last")
+    return Blocks(
+        **{key: group[key] for key in same},
+        rank=1.0,  # all columns
+        interval=group["refresh_interval"],
+        fraction=group["rank"],
+        order=group["block_order"],
+        sign_scale=group["residual_scale"],
+    )
 
 
 def _residual(group: Mapping[str, Any]) -> Residual:

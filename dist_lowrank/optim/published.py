@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 _GALORE: dict[str, Any] = {
     "lr": 0.01,
     "betas": (0.9, 0.999),
@@ -55,7 +57,58 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "residual_inside": 0.75,
         "residual_limit": 1.01,
     },
+    "frugal": {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "rank": 0.25,
+        "refresh_interval": 200,
+        "subspace": "blocks",
+        "block_order": "random",
+        "residual_scale": 1.0,
+    },
     "grass": {**_GALORE, "transition": "reset", "corrected_eps": True, "decay_last": False},
+    "muon": {
+        "lr": 0.02,
+        "momentum": 0.95,
+        "weight_decay": 0.0,
+        "nesterov": True,
+        "scale": "spectral",
+        "orthogonalization": "newton_schulz",
+        "newton_schulz_steps": 5,
+        "newton_schulz_dtype": torch.bfloat16,
+        "state_dtype": "weights",
+        "dense_lr": 3e-4,
+        "dense_betas": (0.9, 0.95),
+        "dense_eps": 1e-10,
+    },
+    "dion": {
+        "lr": 0.01,
+        "momentum": 0.95,
+        "weight_decay": 0.01,
+        "rank": 1.0,
+        "side": "shorter",
+        "scale": "fan_ratio",
+        "state_dtype": "weights",
+        "dense_betas": (0.9, 0.95),
+        "dense_eps": 1e-8,
+    },
+    "dion3": {
+        "lr": 0.01,
+        "momentum": 0.95,
+        "weight_decay": 0.01,
+        "rank": 0.25,
+        "neuron_beta": 0.95,
+        "side": "left",
+        "scale": "fan_ratio",
+        "orthogonalization": "polar_express",
+        "newton_schulz_steps": 5,
+        "newton_schulz_dtype": torch.bfloat16,
+        "state_dtype": "weights",
+        "dense_betas": (0.9, 0.95),
+        "dense_eps": 1e-8,
+    },
 }
 
 
@@ -78,7 +131,8 @@ def published(name: str) -> dict[str, Any]:
     - `fira`, `subtrack`: `residual_inside=0.75`, which is 1 - alpha (at 1B and 7B, with alpha 0.0625, 0.9375): the
       residual keeps that part of what is inside the subspace.
     - `grass`: `transition="reset"`, by the paper, whose code was not published.
-    - No difference: `frugal`, `ldadam` (and GaLore 2, of which there is no code), which are not offered here.
+    - `frugal`: `subspace="blocks"`: whole matrices take turns.
+    - No difference: `ldadam` (and GaLore 2, of which there is no code), which are not offered here.
 
     For `dct_adamw` and `trion` (arXiv 2505.17967, `ISTA-DASLab-Optimizers`, `fft_low_rank`):
 
@@ -91,16 +145,23 @@ def published(name: str) -> dict[str, Any]:
     - `trion`: `dense_eps` 1e-10. Learning rate and weight decay are those of the paper's runs (the code's defaults
       are 0.02 and 0); the paper's ranks are 128, 256 and 512.
 
+    For `muon` (Keller Jordan's code), `dion` and `dion3` (microsoft/dion):
+
+    - all: `state_dtype="weights"`.
+    - `muon`, `dion3`: `newton_schulz_dtype` bfloat16, in which sharded runs are alike only to its rounding.
+    - `muon`: `dense_eps` 1e-10. `dion`: all directions, `rank=1.0`.
+
     What no option reproduces:
 
     - `subtrack`: see `SubTrack`;
     - `dct_adamw`, `trion`: the code leaves the order of the chosen columns open, so with `"keep"` its moments mix
       differently at every call; ours ascend, with ties to the lowest index;
-    - both: scores, moments and error feedback in the dtype of the parameters, Newton-Schulz in bfloat16: ours are
-      float32;
+    - `dct_adamw`, `trion`: scores, moments and error feedback in the dtype of the parameters, Newton-Schulz in
+      bfloat16: ours are float32;
     - `dct_adamw` compresses axis 1 of matrices of 512 or 1024 rows and 3584 or 4096 columns (`side="right"` in a group
       of their own does so), and sends matrices with a side of 32000 or more to AdamW (a group with `low_rank=False`);
-      `trion` takes `dct2` for wide matrices (so does `dictionary="dct2"` in a group of their own).
+      `trion` takes `dct2` for wide matrices (so does `dictionary="dct2"` in a group of their own);
+    - `dion3` selects rows on each shard by default, ours over the whole matrix; `dion` turns matrices by their shards.
 
     Raises:
         ValueError: for a name that has no published settings.

@@ -105,8 +105,8 @@ class Recipe(ABC):
             noise: random numbers of these rows at this step.
         """
 
-    def at(self, position: int) -> Recipe:
-        """The recipe of the matrix that is at a position among those of the optimizer, the same on all ranks."""
+    def at(self, position: int, count: int) -> Recipe:
+        """The recipe of the matrix that is at a position among `count` of the optimizer, the same on all ranks."""
         return self
 
     def refreshes(self, step: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_lowrank.dictionaries import LearnedDictionary, check_transform
+from dist_lowrank.dictionaries import DICTIONARIES, LearnedDictionary, check_transform
 from dist_lowrank.optim.columns import ColumnBasis, ColumnChange, DictionaryColumns
 from dist_lowrank.optim.options import check_choice, check_count, refuse
 from dist_lowrank.optim.projections import Rotation
@@ -20,6 +20,7 @@ from dist_lowrank.subspaces import RANKINGS
 def columns_of(dictionary: str, group: Mapping[str, Any]) -> DictionaryColumns:
     """The columns of a dictionary, fixed or shared, with the options of a parameter group."""
     options = {key: group[key] for key in ("ranking", "transform", "materialize", "seed")}
+    check_choice("dictionary", dictionary, (*DICTIONARIES, "shared"))
     if dictionary != "shared":
         return DictionaryColumns(dictionary, **options)
     check_count("dictionary_interval", group["dictionary_interval"])

@@ -20,3 +20,4 @@ class StateTensor:
     cause: str  # its line in the memory ledger: moments, indices, projection, error_feedback
     sharded: bool = True
     rows: int | None = None  # of a matrix that is not sharded
+    dormant: bool = False  # takes no memory until its rule wakes it

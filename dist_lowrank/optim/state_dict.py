@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dist_lowrank.optim.dormant import is_dormant, wake
 from dist_lowrank.sharding.layouts import local, local_part
 
 # Options that give stored numbers their meaning; the shapes of the state tell the rest (rank, residual).
@@ -37,7 +38,13 @@ def validate_state_dict(
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
         return  # torch's own error says it
     for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
-        drawn = {group.get("dictionary"), group.get("subspace")} & {"random", "gaussian", "stiefel", "coordinates"}
+        drawn = {group.get("dictionary"), group.get("subspace")} & {
+            "random",
+            "gaussian",
+            "stiefel",
+            "coordinates",
+            "blocks",
+        }
         options = STRUCTURAL_OPTIONS + (("seed",) if drawn else ())
         for option in options:
             if option in group and option in saved_group and _plain(group[option]) != _plain(saved_group[option]):
@@ -88,7 +95,22 @@ def load_into(
             value = saved[position][key]
             if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
                 value = local_part(value, tensor.device_mesh, tensor.placements)
+            if is_dormant(local(tensor)):
+                if not bool(local(value).any()):
+                    continue
+                wake(local(tensor))
             local(tensor).copy_(local(value))
+
+
+def writable_if_fresh(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a parameter that made no step yet, with memory for all of it: checkpoints are read into it.
+
+    (torch.distributed.checkpoint writes into the tensors of the state dict at hand, before anybody knows whose turn it
+    is.) What sleeps after a step stays so.
+    """
+    if any(bool(value) for key, value in state.items() if key.endswith("step")):
+        return state
+    return {key: torch.zeros_like(value) if is_dormant(local(value)) else value for key, value in state.items()}
 
 
 def full_state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

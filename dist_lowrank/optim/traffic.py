@@ -117,11 +117,11 @@ def collectives_of_dictionaries(optimizer: LowRankOptimizer) -> list[Collective]
 
 def _jobs(optimizer: LowRankOptimizer) -> list[Job]:
     return [
-        (matrix, recipe.at(matrix.position))
+        job
         for group, members in zip(optimizer.param_groups, optimizer.bind(), strict=True)
         for recipe in [optimizer.recipe(group)]
         for parameter in members
-        for matrix in parameter.matrices
+        for job in optimizer.jobs(recipe, parameter)
     ]
 
 

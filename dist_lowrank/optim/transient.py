@@ -45,7 +45,7 @@ def held_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
         phases.append(coefficients + 3 * rows + part)  # lifted, cut and sent; received
     if whole := whole_columns(recipe, form):
         # Sent, received, stacked and computed. Owners have their share of all matrices of the wave, and at most one
-        # more, which is in the scratch.
+        # more, which is in the scratch: the dearest go first.
         phases[0] += (2 * layout.largest_block + 5 * -(-form.rows // layout.group_size)) * whole
     sums_bytes = 3 * largest_sum_bytes(recipe, form, matrix.dtype)  # this rank's, packed, received
     return max(phases) * matrix.dtype.itemsize + sums_bytes
@@ -60,15 +60,19 @@ def scratch_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
     state = [spec for spec in matrix.specs.values() if spec.sharded]
     converted = any(spec.dtype != matrix.dtype for spec in state)  # read and written through copies
     choosing = (3 if converted else 1) * rows  # coordinates beside what they are made of; squared
-    inside = 6 * coefficients + 5 * sums  # moments, parts of the direction; powers of a Gram matrix
-    applying = form.rank * form.n  # the chosen columns
+    whole = whole_columns(recipe, form)
+    inside = 5 * sums  # powers of a Gram matrix
+    inside += (3 if whole else 6) * coefficients  # moments, parts of the direction; owners' are counted below
+    applying = 0 if whole else form.rank * form.n  # the chosen columns
     narrow = matrix.parameter.dtype != matrix.dtype
     if narrow or layout.delivery(recipe.full_rows) == "rows":
         applying += part  # the weight in the dtype of the arithmetic; the update put together
     if recipe.full_rows:
         applying += 3 * max(rows, part)  # what the residual adds, its part inside the subspace, weighted
-    elements = max(choosing, inside, applying) + 5 * form.rows * whole_columns(recipe, form)
-    at_random = any(spec.cause == "moments" and spec.dtype.itemsize == 1 for spec in state)
+    elements = max(choosing, inside, applying)
+    if layout.group_size > 1:
+        elements += 5 * form.rows * whole  # what the owner with the most has beyond its share
+    at_random = any(spec.dtype == torch.int8 for spec in state)  # the geometric code's mark
     rounded = part if narrow and recipe.weight_rounding == "stochastic" else coefficients if at_random else 0
     chunks = _NOISE_BYTES * min(rounded, CHUNK_ELEMENTS)
     chunks += 4 * recipe.scratch_elements(form)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_lowrank.checkpoint.shards import Shard, shard_of
-from dist_lowrank.checkpoint.state import NativeState, model_tensors, state_of
+from dist_lowrank.checkpoint.state import NativeState, let_state_sleep, model_tensors, state_of, wake_state
 from dist_lowrank.optim.binding import canonical_name
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.given import GivenParameters
@@ -64,6 +64,7 @@ class _CopiesState(NativeState):
         return shards | {name: shard_of(master) for name, master in self.masters.items()}
 
     def loaded(self) -> None:
+        super().loaded()
         with torch.no_grad():
             for master, weight in self.copies:
                 weight.copy_(master)
@@ -88,6 +89,7 @@ class ZeroState:
     def to_load(self, *, weights_only: bool) -> dict[str, Shard]:
         shards = self._rest()
         if not weights_only:
+            wake_state(self.optimizer)
             shards |= {name: block for name, _, block in self._blocks()}
         self._put_back = []
         for flat in self.flat:
@@ -106,6 +108,7 @@ class ZeroState:
         for put_back in self._put_back:
             put_back()
         self._put_back = []
+        let_state_sleep(self.optimizer)
         if self.flat and not _is_stage_3(self.engine):
             wrapper = self.engine.optimizer
             buffers = getattr(wrapper, "bit16_groups_flat", None) or wrapper.bf16_groups_flat
@@ -167,6 +170,10 @@ class ZeroState:
                     shape, first = (layout.form.rows, tensor.shape[1]), range(layout.start, layout.stop)[layout.owned]
                     owned = Shard(tensor[layout.owned], shape, (first.start, 0))
                     yield name, owned, Shard(tensor, shape, (layout.start, 0))
+                role = matrix.role  # whose dictionary may be kept with this matrix
+                if role is not None and role.is_kept_with(flat.tensor, prefix):
+                    for key in (role.key, role.step_key):
+                        yield f"optimizer.{key}", shard_of(state[key]), shard_of(state[key])
             for dense in bound.dense:
                 step = shard_of(state[f"{dense.piece.prefix}step"])
                 yield f"optimizer.{dense.piece.prefix}step", step, step

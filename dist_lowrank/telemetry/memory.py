@@ -24,8 +24,9 @@ def memory_by_cause(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
 
     Returns:
         `parameters`, `gradients`, and the optimizer's causes: some of `moments`, `dense_moments`, `indices`,
-        `error_feedback`, `dictionary`, `other_state`. Where the model is on a GPU also `allocator_peak`, which is not
-        a cause but the most that torch's allocator has held at once, activations and workspace included.
+        `projection`, `shared_dictionary`, `error_feedback`, `dictionary`, `other_state`. Where the model is on a GPU
+        also `allocator_peak`, which is not a cause but the most that torch's allocator has held at once, activations
+        and workspace included.
     """
     parameters = list(model.parameters())
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,6 +59,7 @@ class Checkpoints:
             keep_every_steps=settings.keep_every_steps,
             report=self._report,
         )
+        self._versions = versions()
         self._last_seconds = time.monotonic()
         self._saved_step = 0
         self._problem: str | None = None  # why the last save failed, as all ranks know
@@ -132,7 +132,7 @@ class Checkpoints:
             progress=progress,
             config=to_dict(self.config),
             digest=digest(self.config),
-            versions=versions(),
+            versions=self._versions,
         )
 
     def _report(self, saved: Saved) -> None:
@@ -179,18 +179,11 @@ class Checkpoints:
         return found[0]
 
     def _look(self) -> list[tuple[Path, bool]]:
-        settings = self.config.resume
         own = [(path, False) for path in reversed(committed(self.folder.checkpoints))]
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        if settings.source == "none":
-            return own if restarted else []
-        if settings.source == "auto":
+        settings = self.config.resume
+        if own or not settings.starts_elsewhere:
             return own
-        path = Path(settings.source)
-        inside = self.folder.checkpoints.resolve() in path.resolve().parents
-        if own and (restarted or settings.weights_only or not inside):
-            return own  # the source says where a run starts that has saved nothing yet
-        return [(each, settings.weights_only) for each in checkpoints_at(path)]
+        return [(path, settings.weights_only) for path in checkpoints_at(Path(settings.source))]
 
     def _continue(self, path: Path, weights_only: bool) -> int:
         checkpoint = together(self.saver.group, lambda: open_checkpoint(path))[0]

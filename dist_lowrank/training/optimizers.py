@@ -15,6 +15,9 @@ from dist_lowrank.config.schema import (
     AdamWConfig,
     CAMEConfig,
     DCTAdamWConfig,
+    Dion3Config,
+    DionConfig,
+    MuonConfig,
     ProjectedConfig,
     RunConfig,
     SCALEConfig,
@@ -22,13 +25,16 @@ from dist_lowrank.config.schema import (
     SMMFConfig,
     TrionConfig,
 )
-from dist_lowrank.optim import CAME, SCALE, SMMF, Adafactor, AdamW8bit, DCTAdamW, Trion
+from dist_lowrank.optim import CAME, SCALE, SMMF, Adafactor, AdamW8bit, DCTAdamW, Dion, Dion3, Muon, Trion
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.projected_adam import ProjectedAdam
 
 _CLASSES: dict[type, Any] = {
     DCTAdamWConfig: DCTAdamW,
     TrionConfig: Trion,
+    MuonConfig: Muon,
+    DionConfig: Dion,
+    Dion3Config: Dion3,
     ProjectedConfig: ProjectedAdam,
     SCALEConfig: SCALE,
     AdafactorConfig: Adafactor,
@@ -37,7 +43,7 @@ _CLASSES: dict[type, Any] = {
     AdamW8bitConfig: AdamW8bit,
 }
 _SWITCH_FRACTION = 0.8  # of the steps, after which GoLore draws at random
-_MOMENT_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -48,8 +54,9 @@ def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.opt
     if isinstance(config.optimizer, AdamWConfig):
         groups = [{"params": group["params"]} for group in groups]
         return torch.optim.AdamW(groups, fused=True, **options)
-    if "moment_dtype" in options:
-        options["moment_dtype"] = _MOMENT_DTYPES[options["moment_dtype"]]
+    for key in ("moment_dtype", "newton_schulz_dtype"):
+        if key in options:
+            options[key] = _DTYPES[options[key]]
     if options.get("subspace") == "svd_then_stiefel" and options["switch_step"] is None:
         options["switch_step"] = max(1, round(_SWITCH_FRACTION * config.train.steps))
     # A training step leaves gradients of the same parameters on all ranks, so they need not ask each other.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_lowrank.config import ConfigError
-from dist_lowrank.config.schema import AdamWConfig, RunConfig
+from dist_lowrank.config.schema import AdamWConfig, Dion3Config, RunConfig
 from dist_lowrank.optim.dense import arithmetic_dtype, state_dtype
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.shared_dictionary import role_key, shares_dictionary
@@ -31,12 +31,12 @@ class ParameterRow:
 
     name: str
     shape: tuple[int, ...]
-    path: str  # "low-rank" or "dense"
+    path: str  # "low-rank", "matrix" or "dense"
     side: str  # "left" or "right", and the published side where that is another; "" on the dense path
     n: int | None  # length of the compressed axis
     rank: int | None
     placement: str
-    state_bytes: int
+    state_bytes: int  # with `blocks`: when it is its turn
 
 
 def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
@@ -74,7 +74,9 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
             form = forms[name]
             placement, state_bytes = placed[name]
             state_bytes += dictionaries.get(name, 0)
-            rows.append(ParameterRow(name, shape, "low-rank", _side(form), form.n, form.rank, placement, state_bytes))
+            rank = form.rank if hasattr(config.optimizer, "rank") else None
+            path = "matrix" if rank is None else "low-rank"
+            rows.append(ParameterRow(name, shape, path, _side(form, config), form.n, rank, placement, state_bytes))
         else:
             rows.append(ParameterRow(name, shape, "dense", "", None, None, *placed[name]))
     return rows
@@ -147,7 +149,8 @@ def _dense_bytes(elements: int, config: RunConfig, parameter: Tensor) -> int:
 
 def _state_dtype(config: RunConfig, parameter: Tensor) -> torch.dtype:
     """In which state is kept where nothing else is said; torch's AdamW keeps its own in the weights' dtype."""
-    return state_dtype(parameter, getattr(config.optimizer, "state_dtype", "weights"))
+    is_torchs = isinstance(config.optimizer, AdamWConfig)
+    return state_dtype(parameter, "weights" if is_torchs else getattr(config.optimizer, "state_dtype", None))
 
 
 def _low_rank_bytes(rows: int, specs: Mapping[str, StateTensor]) -> int:
@@ -157,9 +160,12 @@ def _low_rank_bytes(rows: int, specs: Mapping[str, StateTensor]) -> int:
     )
 
 
-def _side(form: TallForm) -> str:
-    """With a remark where it is not the published side, the shorter axis: other numbers come out."""
-    published = tall_form(form.shape, "shorter", form.rank).side
+def _side(form: TallForm, config: RunConfig) -> str:
+    """With a remark where it is not the published side: other numbers come out, but for those that have no subspace."""
+    if not hasattr(config.optimizer, "rank"):
+        return form.side
+    usual = "left" if isinstance(config.optimizer, Dion3Config) else "shorter"
+    published = tall_form(form.shape, usual, form.rank).side
     return form.side if form.side == published else f"{form.side} (published: {published})"
 
 

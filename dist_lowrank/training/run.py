@@ -125,11 +125,12 @@ class Trainer:
         self.optimizer.register_step_post_hook(lambda *_: running.close())
 
     def _announce(self, model: torch.nn.Module, groups: list[dict[str, Any]]) -> None:
+        path = "low-rank" if hasattr(self.config.optimizer, "rank") else "matrices"
         for group in groups:
             parameters = [p for _, p in group["params"]]
             families = dict.fromkeys(family(name) for name, _ in group["params"])
             self.console.line(
-                f"{'low-rank' if group.get('low_rank', True) else 'dense'}: {len(parameters)} parameters, "
+                f"{path if group.get('low_rank', True) else 'dense'}: {len(parameters)} parameters, "
                 f"{quantity(sum(p.numel() for p in parameters))} elements: {', '.join(families)}"
             )
         if self.data.unigram_loss is not None:

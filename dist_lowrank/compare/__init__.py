@@ -1,0 +1,1 @@
+"""Runs side by side: their folders read, aligned by tokens, put into tables, plots and assertions."""

@@ -1,0 +1,204 @@
+"""A comparison as plots: loss against tokens and time, memory per rank, captured energy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from dist_lowrank.compare.comparison import Comparison
+from dist_lowrank.compare.groups import Group
+from dist_lowrank.compare.quantities import Curve, causes, memory_by_rank, value_at
+from dist_lowrank.compare.runs import Run, is_cause
+from dist_lowrank.telemetry import tags
+
+# Okabe and Ito's colours, which most colour-blind people can tell apart; more runs than colours change the dashes.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES = ("-", "--", ":", "-.")
+# Of the same names in every comparison; other causes take what is left of the map.
+_CAUSE_COLOURS = {
+    "parameters": "#4C78A8",
+    "master_weights": "#9ECAE9",
+    "gradients": "#BAB0AC",
+    "dense_moments": "#E45756",
+    "moments": "#F58518",
+    "indices": "#54A24B",
+    "projection": "#88D27A",
+    "error_feedback": "#B279A2",
+    "dictionary": "#EECA3B",
+    "other_state": "#9D755D",
+}
+_MOST_RANKS = 16  # with a bar each; of more, those with least, median and most
+_BINS = 100  # of tokens, over which training losses are averaged
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A figure, and the name of its files."""
+
+    name: str
+    title: str
+    figure: Figure
+
+    def save(self, path: Path) -> None:
+        """As SVG or PNG, by the suffix. SVG files are the same for the same numbers."""
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
+            metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {}
+            self.figure.savefig(path, metadata=metadata, dpi=150)
+
+
+def plots(comparison: Comparison) -> list[Plot]:
+    """All plots for which there are numbers."""
+    made = [_loss(comparison.groups), _memory(comparison.groups)]
+    if any(run.families() for group in comparison.groups for run in group.runs):
+        made.append(_energy(comparison.groups))
+    return made
+
+
+def _loss(groups: Sequence[Group]) -> Plot:
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
+    for index, group in enumerate(groups):
+        style = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _DASHES[index // len(_COLOURS) % len(_DASHES)]}
+        rows = _binned(group)
+        tokens, seconds, mean, low, high = ([row[column] for row in rows] for column in range(5))
+        for axes, places in ((by_tokens, tokens), (by_time, seconds)):
+            axes.plot(places, mean, label=_plain(group.label), linewidth=1.5, **style)
+            if len(group.runs) > 1:
+                axes.fill_between(places, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        for run in group.runs:
+            curve = run.curve(tags.LOSS_VALIDATION)
+            for axes, column in ((by_tokens, 0), (by_time, 1)):
+                places, losses = [point[column] for point in curve], [point[2] for point in curve]
+                axes.plot(places, losses, "o", color=style["color"], markersize=4, markeredgecolor="white")
+    by_tokens.set(xlabel="tokens", ylabel="loss (nats per token)")
+    by_time.set(xlabel="training time (seconds, without evaluations)")
+    by_tokens.xaxis.set_major_formatter(EngFormatter())
+    for axes in (by_tokens, by_time):
+        _clean(axes)
+    by_tokens.legend(frameon=False, title="line: training   dots: validation")
+    several = any(len(group.runs) > 1 for group in groups)
+    return Plot("loss", "Loss against tokens and time" + (" (band: lowest to highest seed)" if several else ""), figure)
+
+
+def _binned(group: Group) -> list[tuple[float, float, float, float, float]]:
+    """(tokens, seconds, mean, lowest, highest) of the training losses in bins of tokens, over the seeds."""
+    curves = [run.curve(tags.LOSS_TRAIN) for run in group.runs]
+    reached = min(curve[-1][0] for curve in curves)
+    count = min(_BINS, *(len(curve) for curve in curves))
+    rows = []
+    for index in range(count):
+        after, until = reached * index / count, reached * (index + 1) / count
+        members = [[point for point in curve if after < point[0] <= until] for curve in curves]
+        if all(members):
+            means = [_mean(points, 2) for points in members]
+            tokens, seconds = (_mean([p for points in members for p in points], column) for column in (0, 1))
+            rows.append((tokens, seconds, sum(means) / len(means), min(means), max(means)))
+    return rows
+
+
+def _mean(points: Curve, column: int) -> float:
+    return sum(point[column] for point in points) / len(points)
+
+
+def _memory(groups: Sequence[Group]) -> Plot:
+    """Stacked bars: one per rank, the ranks of a run next to each other."""
+    names = [cause for cause in causes(groups) if is_cause(cause)]
+    names.sort(key=lambda cause: list(_CAUSE_COLOURS).index(cause) if cause in _CAUSE_COLOURS else len(_CAUSE_COLOURS))
+    shown = [_shown_ranks(group) for group in groups]
+    figure = Figure(figsize=(max(7.0, 2 + 0.45 * sum(map(len, shown))), 4.5), layout="constrained")
+    axes = figure.subplots()
+    places: list[list[float]] = []
+    for ranks in shown:
+        start = places[-1][-1] + 1.8 if places else 0.0
+        places.append([start + offset for offset in range(len(ranks))])
+    bottoms = [[0.0] * len(ranks) for ranks in shown]
+    spare = iter(matplotlib.colormaps["tab20b"].colors * 4)  # type: ignore[attr-defined]
+    for cause in names:
+        colour = _CAUSE_COLOURS.get(cause) or next(spare)
+        label = _plain(cause)
+        for group, ranks, where, bottom in zip(groups, shown, places, bottoms, strict=True):
+            by_rank = memory_by_rank(group, cause)
+            heights = [by_rank[rank] for rank in ranks]
+            if any(heights):
+                axes.bar(
+                    where, heights, 0.85, bottom=bottom, color=colour, label=label, edgecolor="white", linewidth=0.3
+                )
+                label = "_" if label else label  # once in the legend
+                bottom[:] = [low + height for low, height in zip(bottom, heights, strict=True)]
+    axes.set_xticks([x for where in places for x in where], [str(rank) for ranks in shown for rank in ranks])
+    for group, where in zip(groups, places, strict=True):
+        middle = (where[0] + where[-1]) / 2
+        axes.annotate(
+            _plain(group.label).replace(" ", "\n"), (middle, 0), (0, -22), ha="center", va="top",
+            xycoords="data", textcoords="offset points", annotation_clip=False, fontsize=9,
+        )  # fmt: skip
+    axes.yaxis.set_major_formatter(EngFormatter(unit="B"))
+    axes.set(ylabel="memory (bytes)", xlabel="\n\nrank")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    _clean(axes)
+    return Plot("memory", "Memory per rank by cause", figure)
+
+
+def _shown_ranks(group: Group) -> list[int]:
+    if group.world_size <= _MOST_RANKS:
+        return list(range(group.world_size))
+    ordered = sorted(range(group.world_size), key=lambda rank: (group.first.ranks[rank].total_bytes, rank))
+    return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+
+
+def _energy(groups: Sequence[Group]) -> Plot:
+    """One panel per family of matrices."""
+    families = list(dict.fromkeys(family for group in groups for run in group.runs for family in run.families()))
+    columns = min(4, len(families))
+    rows = -(-len(families) // columns)
+    figure = Figure(figsize=(2.9 * columns + 0.5, 2.3 * rows + 0.8), layout="constrained")
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    lines: dict[str, Any] = {}
+    for family, axes in zip(families, panels, strict=False):
+        for index, group in enumerate(groups):
+            points = _energy_curve(group.runs, family)
+            if points:
+                style = _DASHES[index // len(_COLOURS) % len(_DASHES)]
+                colour = _COLOURS[index % len(_COLOURS)]
+                (line,) = axes.plot(*zip(*points, strict=True), linestyle=style, color=colour, linewidth=1.3)
+                lines.setdefault(_plain(group.label), line)
+        axes.set_title(_plain(family), fontsize=9)
+        axes.set_ylim(0, 1)
+        axes.xaxis.set_major_formatter(EngFormatter())
+        _clean(axes)
+    for axes in panels[len(families) - columns : len(families)]:
+        axes.tick_params(labelbottom=True)  # the lowest of its column
+    for axes in panels[len(families) :]:
+        axes.set_visible(False)
+    figure.supxlabel("tokens", fontsize=10)
+    figure.supylabel("share of the energy that is captured", fontsize=10)
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=min(4, len(lines)), frameon=False)
+    return Plot("captured_energy", "Captured energy by family of matrices", figure)
+
+
+def _energy_curve(runs: Sequence[Run], family: str) -> list[tuple[int, float]]:
+    """(tokens, share), the mean over seeds where all have one."""
+    curves = [run.curve(tags.captured_energy(family)) for run in runs]
+    points = []
+    for tokens, *_ in curves[0]:
+        shares = [share for curve in curves if (share := value_at(curve, tokens)) is not None]
+        if len(shares) == len(curves):
+            points.append((tokens, sum(shares) / len(shares)))
+    return points
+
+
+def _clean(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _plain(text: str) -> str:
+    """Without what matplotlib would take for a formula."""
+    return text.replace("$", r"\$")
