@@ -22,6 +22,7 @@ BROAD: dict[str, tuple[str, list[Hop]]] = {
     "fp64-down": ("precision=fp64", [("ddp", 4), ("fsdp", 3), ("hsdp", 4), ("fsdp", 1), ("ddp", 2)]),
 }
 OPTIMIZERS: dict[str, list[str]] = {
+    "plain": ["optimizer.refresh_interval=5"],
     "feedback": ["optimizer.error_feedback=fp32", "optimizer.refresh_interval=5"],
     "trion": ["optimizer=trion"],
     "adamw": ["optimizer=adamw"],
@@ -35,6 +36,8 @@ def _assert_follows(text: str, runs: Path, precision: str, hops: list[Hop], more
     shared = overrides_for(text, runs, f"train.steps={steps}", precision, "train.global_batch_size=12", *more)
     (folder,) = folders_of([*shared, "strategy=ddp"], runs / "unbroken", 1)
     expected = run_on_ranks(1, run_to, folder)[0]
+    # In float64, but for what the residual stores in float32 and feeds back.
+    exactness = 1e-7 if "optimizer.error_feedback=fp32" in more else 1e-8
     state = None
     for number, (strategy, processes) in enumerate(hops):
         (folder,) = folders_of([*shared, f"strategy={strategy}"], runs / "moving", 1)
@@ -46,20 +49,22 @@ def _assert_follows(text: str, runs: Path, precision: str, hops: list[Hop], more
         for where, loss in found["losses"].items():
             if where[1] == "loss/validation" and where not in expected["losses"]:
                 continue  # of the step it was stopped after
-            tolerance = 1e-8 if precision == "precision=fp64" else 1e-3
+            tolerance = exactness if precision == "precision=fp64" else 1e-3
             assert loss == pytest.approx(expected["losses"][where], abs=tolerance), where
     assert state is not None
     if precision == "precision=fp64":
         for name, tensor in without_random(expected["end"]).items():
             if tensor.dtype.is_floating_point:
-                torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-8, msg=name)
+                difference = float((state[name] - tensor).abs().max())
+                assert difference <= exactness, f"{name} differs by {difference}"
             else:
                 assert torch.equal(state[name], tensor), name
 
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_run_moves_between_strategies_and_process_counts(text: str, tmp_path: Path, chain: str) -> None:
-    _assert_follows(text, tmp_path, *CHAINS[chain], OPTIMIZERS["feedback"])
+    optimizer = "plain" if chain == "fp64" else "feedback"
+    _assert_follows(text, tmp_path, *CHAINS[chain], OPTIMIZERS[optimizer])
 
 
 @pytest.mark.slow
