@@ -193,7 +193,7 @@ def test_a_second_ctrl_c_ends_all_at_once(folder: Path) -> None:
     time.sleep(1)
     assert run.poll() is None
     run.send_signal(signal.SIGINT)
-    run.communicate(timeout=5)
+    run.communicate(timeout=20)  # far less than launcher.stop_seconds
     assert run.returncode == ExitCode.INTERRUPTED
     _wait_until_gone(folder)
 

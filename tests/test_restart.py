@@ -22,8 +22,8 @@ from dist_lowrank.exit_codes import ExitCode
 
 BIN = Path(sys.executable).parent
 SCRIPT = str(Path(__file__).parents[1] / "launch" / "train.py")
-STEPS = 120
-SETTINGS = (f"train.steps={STEPS}", "checkpoint.interval_steps=20", "train.eval_sequences=2", "launcher.threads=1")
+STEPS = 60
+SETTINGS = (f"train.steps={STEPS}", "checkpoint.interval_steps=15", "train.eval_sequences=2", "launcher.threads=1")
 LAUNCHERS = {
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "--max-restarts=2", SCRIPT],
     "dist-lowrank": [str(BIN / "dist-lowrank"), "train", "launcher.max_restarts=2"],
@@ -56,6 +56,10 @@ def _last_state(run: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}/{name}": t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
 
 
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("dist-lowrank", marks=pytest.mark.slow)])
 def test_after_a_killed_worker_the_run_continues_by_itself_and_ends_with_the_same_weights(
     text: str, tmp_path: Path, launcher: str
@@ -75,8 +79,7 @@ def test_after_a_killed_worker_the_run_continues_by_itself_and_ends_with_the_sam
     assert "continuing from" in printed
     expected, found = _last_state(undisturbed.path), _last_state(run)
     assert expected.keys() == found.keys()
-    differing = [name for name in expected if not torch.equal(expected[name], found[name])]
-    assert [name for name in differing if not name.split("/")[1].startswith("random.")] == []
+    assert [name for name in expected if not _same_bits(expected[name], found[name])] == []
 
 
 @pytest.mark.slow

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from dist_lowrank.checkpoint import folders
 from dist_lowrank.checkpoint.errors import CheckpointError, refused, together
@@ -104,7 +103,7 @@ class Saver:
                     torch.cuda.set_device(device)  # else the thread would look at the first
                 path = self._write(parts, totals, sidecar)
             except Exception as error:
-                problem = _reason(error)
+                problem = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
             size = sum(part.tensor.nbytes for part in parts.values())
             self._outcome = Saved(sidecar.step, path, problem, size, blocked_seconds, time.monotonic() - started)
 
@@ -189,15 +188,6 @@ class Saver:
         final = folders.commit(folder)
         folders.retire(self.root, self.keep_last, self.keep_every_steps)
         return final
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, CheckpointError):
-        return str(error)
-    if isinstance(error, CheckpointException) and error.failures:  # of torch.distributed.checkpoint, with tracebacks
-        rank, (first, _) = min(error.failures.items())
-        return f"{type(first).__name__}: {first} (rank {rank})"
-    return f"{type(error).__name__}: {error}"
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

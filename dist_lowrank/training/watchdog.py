@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import platform
-import signal
+import subprocess
 import sys
 import threading
 import time
@@ -62,6 +62,7 @@ class Watchdog:
         self._interval_seconds = min(5.0, timeout_seconds / 8)
         self._beats = 0
         self._signs: dict[int, _Sign] = {}
+        self._silent: list[dict[str, Any]] = []
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -90,6 +91,8 @@ class Watchdog:
                 if found:
                     self._store.set("hang", found)
                     self._ended.wait(2.5 * self._interval_seconds)  # the others read it; this rank may hold the store
+                    for content in self._silent:
+                        _kill_sibling_soon(content)
                     self._end(found)
         except RuntimeError as error:
             # The store is gone, and with it the launcher or rank 0: collectives will fail. Or it does not answer.
@@ -139,8 +142,7 @@ class Watchdog:
         quiet = now_seconds - 3 * self._interval_seconds
         silent = {rank: sign for rank, sign in signs.items() if sign.alive_seconds < quiet}
         if silent:
-            for sign in silent.values():
-                _kill_sibling(sign.content)
+            self._silent = [sign.content for sign in silent.values()]
             return _listed(silent, f"gave no sign of life for {self._timeout_seconds:.0f} seconds; last seen")
         last = min(sign.reached for sign in signs.values())
         behind = {rank: sign for rank, sign in signs.items() if sign.reached == last}
@@ -166,12 +168,15 @@ def _collectives_begun() -> int:
     return begun
 
 
-def _kill_sibling(content: dict[str, Any]) -> None:
-    """Kills a process that hears no other signal, if the launcher of this rank started it too."""
+def _kill_sibling_soon(content: dict[str, Any]) -> None:
+    """Kills a process that hears no other signal, if the launcher of this rank started it too.
+
+    A little later, so that the launcher first sees this rank end, which says why.
+    """
     if content["host"] != platform.node():
         return
     with contextlib.suppress(OSError, IndexError):
         with open(f"/proc/{content['process']}/stat") as file:
             parent = int(file.read().rpartition(")")[2].split()[1])
         if parent == os.getppid():
-            os.kill(content["process"], signal.SIGKILL)
+            subprocess.Popen(["sh", "-c", f"sleep 2; kill -KILL {content['process']}"], start_new_session=True)
