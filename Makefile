@@ -8,7 +8,7 @@ TORCH := 2.13.0
 # Where pip finds the CPU build of torch if the user's own pip settings do not offer one.
 TORCH_PIP_ARGS ?= --index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: setup train test test-all test-newest support-matrix fault-matrix optimizer-table lint format wheel clean
+.PHONY: setup train test test-all test-newest test-torchao support-matrix fault-matrix optimizer-table lint format wheel clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.installed
@@ -34,7 +34,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 # Also what takes long: the full flake hunt and other slow checks; and DeepSpeed in its newest version.
-test-all: setup test-newest
+test-all: setup test-newest test-torchao
 	$(BIN)/python -m pytest $(ARGS)
 
 # What is built on private attributes of others, against their newest version.
@@ -42,6 +42,11 @@ test-newest: setup
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --upgrade --no-deps --no-build-isolation --target build/newest deepspeed
 	PYTHONPATH=build/newest $(BIN)/python -c "import deepspeed; print('DeepSpeed', deepspeed.__version__)"
 	PYTHONPATH=build/newest $(BIN)/python -m pytest -m "not slow" tests/test_deepspeed.py
+
+# Against torchao, kept apart: where it is installed, transformers imports it in every process that builds a model.
+test-torchao: setup
+	$(BIN)/pip install --quiet --no-deps --target build/torchao torchao==0.18.0
+	PYTHONPATH=build/torchao $(BIN)/python -m pytest -m slow tests/test_factored_packages.py
 
 # Runs the tests that say what runs exactly where, and writes their table into the README.
 support-matrix: setup

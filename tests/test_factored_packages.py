@@ -74,7 +74,7 @@ def test_came_is_that_of_pytorch_optimizer() -> None:
 @pytest.mark.slow
 def test_adamw8bit_is_that_of_torchao_where_rows_are_whole_blocks() -> None:
     """torchao is not among the development dependencies: where it is installed, transformers imports it in every
-    process that builds a model. `pip install --no-deps --target FOLDER torchao`, and FOLDER in PYTHONPATH."""
+    process that builds a model. `make test-torchao` runs this test."""
     torchao = pytest.importorskip("torchao.optim")
     from torchao.optim.quant_utils import create_dynamic_map
 
