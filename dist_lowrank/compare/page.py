@@ -9,7 +9,7 @@ from dist_lowrank.compare.comparison import Comparison
 from dist_lowrank.compare.tables import Table, numeric_columns, tables, title
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 2rem auto; max-width: 75rem;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 2rem auto; max-width: 85rem;
        padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem; }
 p, ul { max-width: 50rem; color: #444; margin: .3rem 0 .6rem; }

@@ -223,7 +223,7 @@ def _assertions(comparison: Comparison) -> Table:
             outcome.text,
             outcome.label,
             "holds" if outcome.holds else "DOES NOT HOLD",
-            ", ".join(f"{name} = {value:g}" for name, value in outcome.numbers.items()),
+            ", ".join(f"{name} = {value:,.10g}" for name, value in outcome.numbers.items()),
         ]
         for outcome in comparison.outcomes
     ]
@@ -243,7 +243,7 @@ def _over_ranks(by_rank: Sequence[int]) -> list[str]:
 def _number(value: Mean | None, form: str) -> str:
     if value is None:
         return NOTHING
-    spread = f" ± {form.format(value.spread)}" if value.count > 1 else ""
+    spread = f" ± {form.format(value.spread)}" if value.spread else ""
     return form.format(value.mean) + spread
 
 
