@@ -83,6 +83,7 @@ PUBLISHED = {
     "rank": 3,
     "refresh_interval": INTERVAL,
     "alpha": 0.25,
+    "transition": "keep",
     "corrected_eps": False,
     "decay_last": True,
 }

@@ -7,12 +7,15 @@ allocated: models are built on the meta device.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 
-from dist_lowrank.config import compose
+from dist_lowrank.config import RunConfig, compose
 from dist_lowrank.config.compose import config_directory, group_options
+from dist_lowrank.config.schema import ModelConfig
 from dist_lowrank.training.model import build_model, route
 from dist_lowrank.training.optimizers import make_optimizer
 from dist_lowrank.training.parameter_table import parameter_table
@@ -58,6 +61,21 @@ def overrides_of(optimizer: str, size: str) -> list[str]:
     return [*settings, f"model=llama_{size}", "precision=bf16_weights", "strategy=ddp"]
 
 
+@cache
+def configuration(optimizer: str, size: str) -> RunConfig:
+    """As `overrides_of` say; composed once for each optimizer and each model, because that takes the longest here."""
+    if size == SIZES[0]:
+        return compose(overrides_of(optimizer, size))
+    first = configuration(optimizer, SIZES[0])
+    of_size = {"rank": RANKS[size]} if optimizer in RANKED else {}
+    return replace(first, model=_model(size), optimizer=replace(first.optimizer, **of_size))
+
+
+@cache
+def _model(size: str) -> ModelConfig:
+    return compose([f"model=llama_{size}"]).model
+
+
 def cases() -> Iterator[tuple[str, str, float]]:
     for optimizer, (_, figures) in TABLE.items():
         for size, gigabytes in zip(SIZES, figures, strict=False):
@@ -66,7 +84,7 @@ def cases() -> Iterator[tuple[str, str, float]]:
 
 @pytest.mark.parametrize(("optimizer", "size", "gigabytes"), cases())
 def test_weights_and_state_are_as_published(optimizer: str, size: str, gigabytes: float) -> None:
-    config = compose(overrides_of(optimizer, size))
+    config = configuration(optimizer, size)
     model = build_model(config, meta=True)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     state = sum(row.state_bytes for row in parameter_table(config, 1))
