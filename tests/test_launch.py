@@ -96,6 +96,7 @@ def test_train_leaves_one_finished_run_folder(folder: Path) -> None:
         assert list(opened.tensorboard(rank).iterdir())
 
 
+@pytest.mark.slow  # test_restart.py starts torchrun in `make test`
 def test_torchrun_leaves_one_finished_run_folder(folder: Path) -> None:
     command = [TORCHRUN, "--standalone", "--nproc-per-node", "2", SCRIPT, *SMALL, "train.steps=2"]
     run = _start(folder, command)

@@ -97,7 +97,8 @@ def test_a_run_that_was_asked_to_stop_is_not_started_again(text: str, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("limit_minutes", "codes"), [(0.01, [ExitCode.REQUEUE] * 2), (10_000, [ExitCode.FINISHED] * 2)]
+    ("limit_minutes", "codes"),
+    [(0.01, [ExitCode.REQUEUE] * 2), pytest.param(10_000, [ExitCode.FINISHED] * 2, marks=pytest.mark.slow)],
 )
 def test_the_time_limit_saves_and_stops_before_it(
     text: str, tmp_path: Path, limit_minutes: float, codes: list[ExitCode]

@@ -58,7 +58,10 @@ _BEHIND = (
 @pytest.mark.parametrize(
     ("prepare", "strategy", "codes", "told"),
     [
-        (_stop_on_its_own, "fsdp", [ExitCode.HANG, KILLED], "rank 1 (process {1} on {host}) gave no sign of life"),
+        pytest.param(  # the fault matrix has it in `make test`
+            *(_stop_on_its_own, "fsdp", [ExitCode.HANG, KILLED], "rank 1 (process {1} on {host}) gave no sign of life"),
+            marks=pytest.mark.slow,
+        ),
         (_sleep_for_ever, "ddp", [ExitCode.HANG] * 2, _BEHIND),
         pytest.param(
             *(_stop_rank_0, "fsdp", [KILLED, ExitCode.HANG], "rank 0 (process {0} on {host}) gave no sign of life"),
