@@ -36,8 +36,9 @@ def _assert_follows(text: str, runs: Path, precision: str, hops: list[Hop], more
     shared = overrides_for(text, runs, f"train.steps={steps}", precision, "train.global_batch_size=12", *more)
     (folder,) = folders_of([*shared, "strategy=ddp"], runs / "unbroken", 1)
     expected = run_on_ranks(1, run_to, folder)[0]
-    # In float64, but for what the residual stores in float32 and feeds back.
-    exactness = 1e-7 if "optimizer.error_feedback=fp32" in more else 1e-8
+    # A residual is stored in float32 and fed back; shared dictionaries are eigenvectors, some of near eigenvalues.
+    limited = {"optimizer.error_feedback=fp32", "optimizer.dictionary=shared"} & set(more)
+    exactness = {"fp64": 1e-7 if limited else 1e-8, "fp32": 1e-3, "bf16": 1e-2}[precision.removeprefix("precision=")]
     state = None
     for number, (strategy, processes) in enumerate(hops):
         (folder,) = folders_of([*shared, f"strategy={strategy}"], runs / "moving", 1)
@@ -49,8 +50,7 @@ def _assert_follows(text: str, runs: Path, precision: str, hops: list[Hop], more
         for where, loss in found["losses"].items():
             if where[1] == "loss/validation" and where not in expected["losses"]:
                 continue  # of the step it was stopped after
-            tolerance = exactness if precision == "precision=fp64" else 1e-3
-            assert loss == pytest.approx(expected["losses"][where], abs=tolerance), where
+            assert loss == pytest.approx(expected["losses"][where], abs=exactness), where
     assert state is not None
     if precision == "precision=fp64":
         for name, tensor in without_random(expected["end"]).items():
@@ -61,10 +61,8 @@ def _assert_follows(text: str, runs: Path, precision: str, hops: list[Hop], more
                 assert torch.equal(state[name], tensor), name
 
 
-@pytest.mark.parametrize("chain", CHAINS)
-def test_a_run_moves_between_strategies_and_process_counts(text: str, tmp_path: Path, chain: str) -> None:
-    optimizer = "plain" if chain == "fp64" else "feedback"
-    _assert_follows(text, tmp_path, *CHAINS[chain], OPTIMIZERS[optimizer])
+def test_a_run_moves_between_strategies_and_process_counts(text: str, tmp_path: Path) -> None:
+    _assert_follows(text, tmp_path, *CHAINS["fp32"], OPTIMIZERS["feedback"])
 
 
 @pytest.mark.slow
