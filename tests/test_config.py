@@ -16,16 +16,16 @@ from omegaconf import OmegaConf
 
 from dist_lowrank.config import ConfigError, compose, digest, from_dict, to_dict
 from dist_lowrank.config.compose import config_directory, group_options
-from dist_lowrank.config.schema import (
+from dist_lowrank.config.optimizers import (
     AdamWConfig,
     DCTAdamWConfig,
     Dion3Config,
     DionConfig,
-    HubData,
     MuonConfig,
     ProjectedConfig,
     TrionConfig,
 )
+from dist_lowrank.config.schema import HubData
 from dist_lowrank.optim import Apollo, Fira, Frugal, GaLore, GoLore, Grass, LDAdam, SubTrack
 
 DEFAULT = compose()

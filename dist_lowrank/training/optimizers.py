@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from dist_lowrank.config.schema import (
+from dist_lowrank.config.optimizers import (
     AdafactorConfig,
     AdamW8bitConfig,
     AdamWConfig,
@@ -19,12 +19,11 @@ from dist_lowrank.config.schema import (
     DionConfig,
     MuonConfig,
     ProjectedConfig,
-    RunConfig,
     SCALEConfig,
-    ScheduleConfig,
     SMMFConfig,
     TrionConfig,
 )
+from dist_lowrank.config.schema import RunConfig, ScheduleConfig
 from dist_lowrank.optim import CAME, SCALE, SMMF, Adafactor, AdamW8bit, DCTAdamW, Dion, Dion3, Muon, Trion
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.projected_adam import ProjectedAdam

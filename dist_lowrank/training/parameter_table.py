@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_lowrank.config import ConfigError
-from dist_lowrank.config.schema import AdamWConfig, Dion3Config, RunConfig
+from dist_lowrank.config.optimizers import AdamWConfig, Dion3Config
+from dist_lowrank.config.schema import RunConfig
 from dist_lowrank.optim.dense import arithmetic_dtype, state_dtype
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.shared_dictionary import role_key, shares_dictionary

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from dist_lowrank.config.schema import AdamWConfig, DCTAdamWConfig, ProjectedConfig, RunConfig
+from dist_lowrank.config.optimizers import AdamWConfig, DCTAdamWConfig, ProjectedConfig
+from dist_lowrank.config.schema import RunConfig
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.traffic import PURPOSES, Collective, collectives_of_dictionaries, collectives_of_step
 from dist_lowrank.sharding.pieces import FlatPart
