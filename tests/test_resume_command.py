@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from processes import run_on_ranks
-from resumed_runs import run_each
+from resumed_runs import run_each, run_to
 from small_runs import folder_of, overrides_for
 
 from dist_lowrank.checkpoint import CheckpointError
@@ -19,6 +20,7 @@ from dist_lowrank.config import ConfigError, RunFolder, compose, open_run
 from dist_lowrank.launchers.preparation import prepare_resume, prepare_run
 from dist_lowrank.telemetry.console import Console
 from dist_lowrank.telemetry.metrics import MetricsWriter
+from dist_lowrank.training import checkpoints
 from dist_lowrank.training.run import Trainer
 
 COMMAND = str(Path(sys.executable).with_name("dist-lowrank"))
@@ -102,6 +104,26 @@ def test_a_save_that_fails_is_told_and_ends_the_run_only_if_it_should(text: str,
             assert folder.is_finished == (index < 2)
             assert len(failures) == (3 if index < 2 else 2)
             assert failures[-1].startswith("raised: step 2") == (index == 2), failures
+
+
+def _refused(rank: int, folder: RunFolder) -> str:
+    with pytest.raises(ConfigError) as caught:
+        run_to(rank, folder)
+    return str(caught.value)
+
+
+def test_one_attempt_at_a_time_trains_in_a_folder(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two would delete each other's half-written checkpoints."""
+    monkeypatch.setattr(checkpoints, "_PATIENCE_SECONDS", 0.1)
+    told = overrides_for(text, tmp_path, "train.steps=1", "strategy=ddp")
+    first, second = folder_of(told), folder_of(told)
+    assert first.path == second.path
+    with FileLock(first.path / checkpoints.LOCK):
+        for message in run_on_ranks(2, _refused, second):
+            assert f"resume: auto is not allowed while other processes train in {first.path}" in message
+    for _ in range(2):  # processes that have ended hold nothing
+        run_on_ranks(1, run_to, second)
+    assert second.is_finished
 
 
 @pytest.mark.slow

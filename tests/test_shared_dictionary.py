@@ -348,6 +348,22 @@ def test_a_state_saved_within_an_interval_continues_to_the_bit(options: dict[str
         assert torch.equal(copied[1][name], named[name])
 
 
+def test_a_state_continues_where_another_matrix_kept_the_dictionary_because_the_first_was_frozen_then() -> None:
+    named, first = _parameters(), "layers.0.q.weight"
+    named[first].requires_grad_(False)
+    optimizer = _shared(list(named.items()))
+    _fed(optimizer, named, range(1, 6), without=dict.fromkeys(range(1, 3), first))  # then it has gradients
+    copies = {name: Parameter(p.detach().clone()) for name, p in named.items()}
+    resumed = _shared(list(copies.items()))
+    resumed.load_state_dict(optimizer.state_dict())
+    assert "dictionary" in resumed.state[copies[first]]
+    assert "dictionary" not in optimizer.state[named[first]]
+    for each, its_parameters in ((optimizer, named), (resumed, copies)):
+        _fed(each, its_parameters, range(6, 14))
+    for name in MATRICES:
+        assert torch.equal(copies[name], named[name])
+
+
 def test_roles_follow_from_names_or_the_group_says_them() -> None:
     assert role_of("model.layers.3.self_attn.q_proj.weight") == "model.layers.residual"
     assert role_of("model.layers.17.mlp.up_proj.weight") == "model.layers.residual"

@@ -38,7 +38,7 @@ _STRUCTURE = {
     ),
     "model": ("architecture", "config", "pretrained", "low_rank", "dense"),
 }
-_DRAWN = {"random", "gaussian", "stiefel", "coordinates"}
+_DRAWN = {"random", "gaussian", "stiefel", "coordinates", "blocks"}
 _WAY_OUT = "resume.weights_only=true, which takes the weights alone"
 
 

@@ -35,7 +35,7 @@ from dist_lowrank.optim.flat_state import cut_flat_state, cut_tensors, gather_fl
 from dist_lowrank.optim.given import GivenParameters
 from dist_lowrank.optim.options import PATH_OPTIONS, check_choice, check_count, check_number, check_path_options
 from dist_lowrank.optim.recipe import Recipe
-from dist_lowrank.optim.shared_dictionary import dictionaries_of_step, join_roles, shares_dictionary
+from dist_lowrank.optim.shared_dictionary import dictionaries_of_step, join_roles, shares_dictionary, with_keepers
 from dist_lowrank.optim.state_dict import load_into, validate_state_dict, writable_if_fresh
 from dist_lowrank.optim.wave import Job, count_steps, cut_waves, no_autocast, update_wave, verify_columns
 from dist_lowrank.sharding.pieces import FlatPart, FlatPlace, check_parts
@@ -361,11 +361,14 @@ class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
     def _cut_flat(self, incoming: dict[str, Any]) -> dict[str, Any]:
         """A state dict in which this rank's part stands for gathered state of flat tensors."""
         state = dict(incoming["state"])
-        for group, saved_group in zip(self.param_groups, incoming["param_groups"], strict=False):
-            for parameter, index in zip(group["params"], saved_group["params"], strict=False):
-                if parameter in self._flat and index in state:
-                    state[index] = cut_flat_state(self._bound[parameter], self._flat[parameter], state[index])
+        for parameter, index in self._indices_in(incoming).items():
+            if parameter in self._flat and index in state:
+                state[index] = cut_flat_state(self._bound[parameter], self._flat[parameter], state[index])
         return {**incoming, "state": state}
+
+    def _indices_in(self, incoming: dict[str, Any]) -> dict[Tensor, int]:
+        pairs = zip(self.param_groups, incoming["param_groups"], strict=False)
+        return {p: index for group, saved in pairs for p, index in zip(group["params"], saved["params"], strict=False)}
 
     def flat_members(self) -> dict[Tensor, tuple[BoundParameter, FlatPlace]]:
         """What is known of the flat tensors that were declared."""
@@ -407,7 +410,8 @@ class LowRankOptimizer(Diagnostics, torch.optim.Optimizer):
         saved: list[dict[str, Any]] = []
 
         def set_state_aside(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
-            incoming = self._cut_flat(incoming)
+            matrices = [matrix for bound in self._bound.values() for matrix in bound.matrices]  # also others' experts
+            incoming = with_keepers(matrices, self._cut_flat(incoming), self._indices_in(incoming))
             validate_state_dict(self.param_groups, kept, incoming)
             for group, saved_group in zip(self.param_groups, incoming["param_groups"], strict=False):
                 self._check_group({**group, **saved_group})

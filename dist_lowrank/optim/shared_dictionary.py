@@ -100,6 +100,30 @@ def _make_role(members: Sequence[BoundMatrix], state: State) -> Role:
     return role
 
 
+def with_keepers(
+    matrices: Iterable[BoundMatrix], incoming: dict[str, Any], index_of: Mapping[Tensor, int]
+) -> dict[str, Any]:
+    """A state dict whose dictionaries are where this optimizer keeps them.
+
+    It was another matrix of the role that kept it, if the one that does now was frozen when state was made.
+
+    Args:
+        index_of: of parameters, in the state dict.
+    """
+    state = dict(incoming["state"])
+    for matrix in matrices:
+        role, prefix = matrix.role, matrix.piece.prefix
+        if role is None or role.is_kept_with(matrix.parameter, prefix):
+            continue
+        index, keeper = index_of.get(matrix.parameter), index_of.get(role.parameter)
+        moved = {prefix + key.removeprefix(role.prefix): key for key in (role.key, role.step_key)}
+        found = state.get(index, {})
+        if keeper in state and role.key not in state[keeper] and found.keys() >= moved.keys():
+            state[index] = {key: value for key, value in found.items() if key not in moved}
+            state[keeper] = {**state[keeper], **{here: found[there] for there, here in moved.items()}}
+    return {**incoming, "state": state}
+
+
 @contextmanager
 def dictionaries_of_step(
     jobs: Sequence[Job], matrices: Sequence[BoundMatrix], state: State, cache: DictionaryCache, workspace_bytes: int

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch.optim.lr_scheduler import LambdaLR
 
 from dist_lowrank.checkpoint import CheckpointError, Saver, Sidecar, committed, open_checkpoint
@@ -26,6 +27,10 @@ from dist_lowrank.config import ConfigError, RunConfig, RunFolder, digest, to_di
 from dist_lowrank.config.run_folder import versions
 from dist_lowrank.telemetry.console import Console, quantity
 from dist_lowrank.training.data.batches import Batches
+
+LOCK = ".lock"  # in the run's folder
+_PATIENCE_SECONDS = 15.0  # with the ranks of an attempt that is just ending
+_claimed: dict[Path, FileLock] = {}  # held until this process ends, however it does
 
 
 @dataclass
@@ -153,9 +158,15 @@ class Checkpoints:
 
         Raises:
             CheckpointError: no checkpoint is as it was saved; nothing was loaded.
-            ConfigError: the checkpoint cannot be followed by this configuration; nothing was loaded.
+            ConfigError: the checkpoint cannot be followed by this configuration, or other processes train in the run's
+                folder; nothing was loaded.
         """
         settings = self.config.resume
+        if not all(together(self.saver.group, lambda: dist.get_rank() != 0 or _claim(self.folder.path))):
+            raise ConfigError(
+                f"resume: {settings.source} is not allowed while other processes train in {self.folder.path}; allowed: "
+                "when they have ended, or resume=none, a fresh run in a folder of its own"
+            )
         places = self._places()
         problems: list[str] = []
         for number, (place, weights_only) in enumerate(places):
@@ -236,6 +247,21 @@ class Checkpoints:
             value = saved.get(name)
             if isinstance(value, int | float):
                 setattr(self.progress, name, value)
+
+
+def _claim(run: Path) -> bool:
+    """Whether this process is the only one that trains in a run's folder; from then on, until it ends."""
+    if run in _claimed:
+        return True
+    lock = FileLock(run / LOCK)
+    try:
+        lock.acquire(timeout=_PATIENCE_SECONDS)
+    except Timeout:
+        return False
+    except (OSError, NotImplementedError):  # a file system without locks, or without room
+        return True
+    _claimed[run] = lock
+    return True
 
 
 def all_finite(shards: Mapping[str, Shard]) -> bool:
