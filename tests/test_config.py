@@ -163,6 +163,7 @@ def test_optimizer_files_list_every_key_with_the_default_of_the_schema(name: str
         ("data=text", "data.path", "missing", "text"),
         ("optimizer.name=sgd", "optimizer.name", "sgd", "adafactor, adamw"),
         ("optimizer=sgd", "optimizer", "sgd", OPTIMIZERS),
+        ("optimizer/subspace=dct2", "optimizer/subspace", "no such part", "with optimizer=apollo"),
         ("optimizer=null", "optimizer", "null", OPTIMIZERS),
         ("optimizer=[trion,adamw]", "optimizer", '["trion", "adamw"]', OPTIMIZERS),
         ("strategy.shard_size=2", "strategy.shard_size", "2", "null"),

@@ -50,6 +50,8 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
                 f"{error.full_key}: {_first_line(error)}; allowed: ${{KEY}} of this configuration, ${{oc.env:VARIABLE}}"
             ) from error
         except HydraException as error:
+            if (match := re.match(r"Could not override '(\w+)/(\w+)'", str(error))) is not None:
+                raise ConfigError(_no_such_part(directory, *match.groups())) from error
             raise ConfigError(f"{' '.join(overrides)}: {_first_line(error)}") from error
     assert isinstance(data, dict)
     _refuse_targets(data, "")
@@ -122,6 +124,11 @@ def _checked_group(override: Override, groups: dict[str, list[str]]) -> str:
         f"{group}: {show(option)} is not allowed; {suggestion(option, groups[group])}"
         f"allowed: {', '.join(groups[group])}{', null' if optional else ''} (or set a key inside: {group}.key=value)"
     )
+
+
+def _no_such_part(directory: Path, group: str, part: str) -> str:
+    made_of = [path.stem for path in sorted((directory / group).glob("*.yaml")) if f"  - {part}: " in path.read_text()]
+    return f"{group}/{part}: is not allowed, this {group} has no such part; allowed: with {group}={', '.join(made_of)}"
 
 
 def _as_addition(override: Override) -> str:

@@ -46,16 +46,23 @@ def prepare_resume(run: str, overrides: Sequence[str]) -> tuple[RunConfig, RunFo
     if last.is_finished:
         raise ConfigError(f"{run}: is finished; allowed: an unfinished run (or `dist-lowrank train ... resume={run}`)")
     before = (last.attempt_path / "overrides.txt").read_text().splitlines()
-    given = {each.partition("=")[0].lstrip("+") for each in overrides}
-    kept = [each for each in before if each.partition("=")[0].lstrip("+") not in given]
+    kept = _without(before, overrides)
     config = compose([*kept, *overrides])
-    if digest(config) != digest(last.config()):
+    wanted = digest(last.config())
+    if digest(config) != wanted:
+        at_fault = [each for each in overrides if digest(compose([*_without(before, [each]), each])) != wanted]
         raise ConfigError(
-            f"{' '.join(overrides)}: is not allowed, it changes what {last.path} computes; allowed: what does not, "
-            f"such as strategy, launcher.nproc_per_node, telemetry (or `dist-lowrank train ... resume={run}`)"
+            f"{' '.join(at_fault or overrides)}: is not allowed, it changes what {last.path} computes; allowed: what "
+            f"does not, such as strategy, launcher.nproc_per_node, telemetry (or `dist-lowrank train ... resume={run}`)"
         )
     _check(config, None)
     return config, create(config, [*kept, *overrides], last.path)
+
+
+def _without(before: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Earlier overrides, but for keys that are given anew."""
+    given = {each.partition("=")[0].lstrip("+") for each in overrides}
+    return [each for each in before if each.partition("=")[0].lstrip("+") not in given]
 
 
 def _check(config: RunConfig, world_size: int | None) -> None:
