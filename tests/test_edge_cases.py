@@ -292,3 +292,21 @@ def _pickled(rank: int) -> int:
 @pytest.mark.xfail(strict=True, reason="process groups cannot be pickled, and flat parts hold one")
 def test_an_optimizer_with_flat_parts_can_be_pickled() -> None:
     run_on_ranks(2, _pickled)
+
+
+def _torn_row(rank: int) -> None:
+    parameter = nn.Parameter(values(4)[2 * rank : 2 * rank + 2].clone())
+    part = FlatPart("w", 0, (FlatSlice((1, 4), 0, 2), FlatSlice((1, 4), 2, 4)))
+    states = []
+    for _ in range(2):
+        optimizer = DCTAdamW([("w", parameter)], rank=1, side="right")
+        optimizer.declare_flat_parts({parameter: [part]}, dist.group.WORLD)
+        if states:
+            optimizer.load_state_dict(states[0])
+        parameter.grad = values(4)[2 * rank : 2 * rank + 2].clone()
+        optimizer.step()
+        states.append(full_state_dict(optimizer))
+
+
+def test_ranks_that_have_the_same_torn_row_load_the_same_state() -> None:
+    run_on_ranks(2, _torn_row)

@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_lowrank.optim.binding import BoundMatrix, BoundParameter
 from dist_lowrank.optim.dense import DenseParameter
 from dist_lowrank.sharding.exchanged import flat_layout
+from dist_lowrank.sharding.layouts import Layout
 from dist_lowrank.sharding.pieces import FlatPlace
 
 
@@ -46,8 +47,8 @@ def cut_flat_state(bound: BoundParameter, place: FlatPlace, saved: Mapping[str, 
 
 
 def cut_tensors(bound: BoundParameter, state: Mapping[str, Tensor]) -> list[Tensor]:
-    """The state of a flat tensor's pieces of which each rank has a part."""
-    keys = [key for matrix in bound.matrices for key in _sharded_keys(matrix, state)]
+    """The state of a flat tensor's pieces of which each rank has another part."""
+    keys = [key for matrix in bound.matrices if not _in_common(matrix) for key in _sharded_keys(matrix, state)]
     return [state[key] for key in keys + [key for dense in bound.dense for key in _moments(dense)]]
 
 
@@ -61,9 +62,19 @@ def _moments(dense: DenseParameter) -> list[str]:
 
 
 def _rows_by_rank(matrix: BoundMatrix) -> list[int]:
+    return [len(range(each.start, each.stop)[each.owned]) for each in _layouts(matrix)]
+
+
+def _in_common(matrix: BoundMatrix) -> bool:
+    """Whether several ranks have the same rows, because a row is torn between them."""
+    ranges = [(each.start, each.stop) for each in _layouts(matrix) if each.stop > each.start]
+    return len(set(ranges)) < len(ranges)
+
+
+def _layouts(matrix: BoundMatrix) -> list[Layout]:
+    """By rank."""
     slices = matrix.piece.flat
-    layouts = [flat_layout(matrix.layout.form, slices, rank, None) for rank in range(len(slices))]
-    return [len(range(each.start, each.stop)[each.owned]) for each in layouts]
+    return [flat_layout(matrix.layout.form, slices, rank, None) for rank in range(len(slices))]
 
 
 def _gather(block: Tensor, counts: list[int], group: dist.ProcessGroup) -> list[Tensor]:
