@@ -36,11 +36,7 @@ def _assert_follows(text: str, runs: Path, precision: str, hops: list[Hop], more
     shared = overrides_for(text, runs, f"train.steps={steps}", precision, "train.global_batch_size=12", *more)
     (folder,) = folders_of([*shared, "strategy=ddp"], runs / "unbroken", 1)
     expected = run_on_ranks(1, run_to, folder)[0]
-    # A residual is stored in float32 and fed back; eigenvectors of near eigenvalues, which a shared dictionary consists
-    # of, magnify rounding.
-    limits = {"optimizer.error_feedback=fp32": 1e-7, "optimizer.dictionary=shared": 1e-6}
-    in_float64 = max([1e-8, *(limits[each] for each in more if each in limits)])
-    exactness = {"fp64": in_float64, "fp32": 1e-3, "bf16": 1e-2}[precision.removeprefix("precision=")]
+    exactness = {"fp64": 1e-8, "fp32": 1e-3, "bf16": 1e-2}[precision.removeprefix("precision=")]
     state = None
     for number, (strategy, processes) in enumerate(hops):
         (folder,) = folders_of([*shared, f"strategy={strategy}"], runs / "moving", 1)

@@ -20,6 +20,7 @@ from dist_lowrank.sharding.layouts import TallForm, tall_form
 from dist_lowrank.strategies import WEIGHT_DTYPES
 from dist_lowrank.training.data.hub import reach_hub
 from dist_lowrank.training.data.tokenizer import load_tokenizer
+from dist_lowrank.training.float64 import keep_float64
 
 
 def model_configuration(run: RunConfig) -> Any:
@@ -108,6 +109,8 @@ def build_model(config: RunConfig, *, meta: bool = False) -> Any:
     model.config.use_cache = False
     if config.model.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if dtype == torch.float64:
+        keep_float64([model, *blocks(model)])
     return model
 
 
