@@ -41,7 +41,7 @@ test-all: setup test-newest test-torchao
 test-newest: setup
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --upgrade --no-deps --no-build-isolation --target build/newest deepspeed
 	PYTHONPATH=build/newest $(BIN)/python -c "import deepspeed; print('DeepSpeed', deepspeed.__version__)"
-	PYTHONPATH=build/newest $(BIN)/python -m pytest -m "not slow" tests/test_deepspeed.py
+	PYTHONPATH=build/newest $(BIN)/python -m pytest -m "not slow" tests/test_deepspeed.py tests/test_deepspeed_refusals.py
 
 # Against torchao, kept apart: where it is installed, transformers imports it in every process that builds a model.
 test-torchao: setup

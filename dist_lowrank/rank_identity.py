@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dist_lowrank.config import RunConfig, to_dict
+from dist_lowrank.config import RunConfig, by_dotted_key, to_dict
 from dist_lowrank.config.run_folder import versions
 from dist_lowrank.exit_codes import RanksDiffer
 
@@ -27,7 +27,7 @@ def identity(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, str]
         "command": " ".join(overrides),
         "code of dist_lowrank": _hash_of_source(),
         **{f"version of {name}": str(version) for name, version in versions().items()},
-        **dict(_flat(to_dict(config), "")),
+        **{key: json.dumps(value) for key, value in by_dotted_key(to_dict(config))},
     }
 
 
@@ -81,14 +81,6 @@ def _wait(store: Store, keys: list[str], timeout_seconds: float) -> bool:
 
 def _shown(values: dict[str, str], name: str) -> str:
     return values.get(name) or "nothing"
-
-
-def _flat(data: Any, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(data, dict):
-        for name, value in data.items():
-            yield from _flat(value, f"{key}.{name}" if key else name)
-    else:
-        yield key, json.dumps(data)
 
 
 def _hash_of_source() -> str:

@@ -37,7 +37,6 @@ _STRATEGY_NAMES = {
     "ddp": "DDP",
     "fsdp": "FSDP2",
     "fsdp_rows": "FSDP2",
-    "fsdp_columns": "FSDP2",
     "fsdp_last": "FSDP2",
     "hsdp": "HSDP",
     "flat": "flat slices",

@@ -262,7 +262,7 @@ def _trajectory(
     named: list[tuple[str, Any]] = list(model.named_parameters())
     if cuts:
         named = [(name, Parameter(p.detach().flatten()[slice(*cuts[name][rank])])) for name, p in named]
-    elif strategy == "fsdp_columns":
+    elif strategy == "fsdp_last":
         mesh = init_device_mesh("cpu", (world_size,))
         even = {id(p) for _, p in named if p.ndim == 2 and p.shape[1] % world_size == 0}
         fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if id(p) in even else 0))
@@ -295,9 +295,9 @@ def _one_process(dtype: torch.dtype) -> dict[str, list[dict[str, Tensor]]]:
     return _trajectories(0, "ddp", 1, dtype, CHECKED[-1])
 
 
-LAYOUTS = [("ddp", 2), ("fsdp_rows", 4), ("fsdp_columns", 2), ("hsdp", 4), ("flat", 3)]
+LAYOUTS = [("ddp", 2), ("fsdp_rows", 4), ("fsdp_last", 2), ("hsdp", 4), ("flat", 3)]
 MORE_LAYOUTS = [("ddp", 3), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("fsdp_rows", 2), ("fsdp_rows", 3), ("hsdp", 2)]
-MORE_LAYOUTS += [("fsdp_columns", 4), ("flat", 2), ("flat", 4), ("ddp", 8), ("fsdp_rows", 8), ("flat", 8)]
+MORE_LAYOUTS += [("fsdp_last", 4), ("flat", 2), ("flat", 4), ("ddp", 8), ("fsdp_rows", 8), ("flat", 8)]
 
 
 @supports("exact", optimizer="Muon")

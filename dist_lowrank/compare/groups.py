@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dist_lowrank.compare.runs import Run
-from dist_lowrank.config import ConfigError
+from dist_lowrank.config import ConfigError, by_dotted_key
 from dist_lowrank.config.errors import show
 
 COMPARABLE = ("data", "seed", "model")  # what has to be equal unless it is allowed to differ
@@ -122,24 +122,16 @@ def _differences(name: str, groups: Sequence[Group]) -> Iterator[str]:
 
 def _identity(section: str, run: Run) -> dict[str, Any]:
     left_out = ("data.cache", "data.workers") if section == "data" else _NOT_THE_MODEL
-    return {key: v for key, v in _flat(run.config[section], f"{section}.") if key not in left_out}
+    return {key: v for key, v in by_dotted_key(run.config[section], f"{section}.") if key not in left_out}
 
 
 def _settings(run: Run) -> dict[str, str]:
     """Everything that can make two runs differ, as text by dotted key."""
     return {
         key: show(value)
-        for key, value in _flat(run.config)
+        for key, value in by_dotted_key(run.config)
         if not any(key == each or key.startswith(f"{each}.") for each in _IMMATERIAL)
     }
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _labels(members: Sequence[Sequence[Run]]) -> list[str]:

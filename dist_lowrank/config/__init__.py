@@ -4,13 +4,14 @@ from dist_lowrank.config.compose import compose
 from dist_lowrank.config.errors import ConfigError
 from dist_lowrank.config.run_folder import RunFolder, begin_again, create, open_run
 from dist_lowrank.config.schema import RunConfig
-from dist_lowrank.config.validate import digest, from_dict, to_dict
+from dist_lowrank.config.validate import by_dotted_key, digest, from_dict, to_dict
 
 __all__ = [
     "ConfigError",
     "RunConfig",
     "RunFolder",
     "begin_again",
+    "by_dotted_key",
     "compose",
     "create",
     "digest",

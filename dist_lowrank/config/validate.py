@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -57,6 +57,15 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration as data that JSON can hold; `from_dict` reads it back."""
     data: dict[str, Any] = _adapter().dump_python(config, mode="json")
     return data
+
+
+def by_dotted_key(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested sections, such as `("train.steps", 350)`."""
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from by_dotted_key(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def digest(config: RunConfig) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_lowrank.optim.direct import DirectOptimizer, recipe_options
-from dist_lowrank.optim.options import check_number, refuse
+from dist_lowrank.optim.options import check_decay, check_number, check_positive
 from dist_lowrank.optim.recipe import Recipe, Rounds, Update
 from dist_lowrank.optim.rounding import RowNoise
 from dist_lowrank.optim.state import StateTensor
@@ -126,15 +126,3 @@ def clipped(rows: Tensor, weights: Tensor, basis: ColumnFactors, threshold: floa
     total = yield basis.of(rows, weights)[place.owned].square_().sum().view(1)
     rms = (total / (place.form.rows * place.form.n)).sqrt_()
     return weights / (rms / threshold).clamp_(min=1)
-
-
-def check_decay(name: str, value: Any) -> None:
-    """Of `1 - t^value`, which has to stay between 0 and 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value <= 0:
-        raise refuse(name, value, "a number <= 0")
-
-
-def check_positive(name: str, value: Any) -> None:
-    check_number(name, value)
-    if not value:
-        raise refuse(name, value, "a number > 0")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_lowrank.optim.dormant import sleep, wake
 from dist_lowrank.optim.options import check_betas, check_choice, check_count, check_number
-from dist_lowrank.optim.recipe import Recipe, Sum, Update, Whole
+from dist_lowrank.optim.recipe import Recipe, Rounds, Update
 from dist_lowrank.optim.rounding import RandomBits, RowNoise
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.optim.subspace import Place
@@ -53,7 +53,7 @@ class Blocks(Recipe):
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
         return {key: StateTensor(form.n, dtype, "moments", dormant=True) for key in ("exp_avg", "exp_avg_sq")}
 
-    def rounds(self, form: TallForm, refresh: bool) -> list[int | Sum | Whole]:
+    def rounds(self, form: TallForm, refresh: bool) -> Rounds:
         return []
 
     def active(self, step: int) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_lowrank.optim.adafactor import check_positive, clipped
+from dist_lowrank.optim.adafactor import clipped
 from dist_lowrank.optim.direct import DirectOptimizer, recipe_options
-from dist_lowrank.optim.options import check_number, refuse
+from dist_lowrank.optim.options import check_number, check_positive, refuse
 from dist_lowrank.optim.recipe import Recipe, Rounds, Update
 from dist_lowrank.optim.rounding import RowNoise
 from dist_lowrank.optim.state import StateTensor

@@ -12,13 +12,12 @@ from torch import Tensor
 from dist_lowrank.optim.columns import ColumnBasis, DictionaryColumns
 from dist_lowrank.optim.dense import DenseOptions, scheduled_dense_options
 from dist_lowrank.optim.engine import LowRankOptimizer
-from dist_lowrank.optim.muon import momentum_storage, orthogonalizer
 from dist_lowrank.optim.options import check_number
-from dist_lowrank.optim.orthogonalization import Orthogonalize
+from dist_lowrank.optim.orthogonalization import Orthogonalize, orthogonalizer
 from dist_lowrank.optim.recipe import Recipe, Rounds, Update, Whole
 from dist_lowrank.optim.rounding import RowNoise
 from dist_lowrank.optim.state import StateTensor
-from dist_lowrank.optim.storage import Floats
+from dist_lowrank.optim.storage import Floats, momentum_storage
 from dist_lowrank.optim.subspace import Place
 from dist_lowrank.sharding.layouts import TallForm
 from dist_lowrank.sharding.rule import OnOwner, Rule

@@ -18,7 +18,7 @@ from torch import Tensor
 from dist_lowrank.optim.moments import Moments
 from dist_lowrank.optim.options import check_choice, check_count, refuse
 from dist_lowrank.optim.recipe import Recipe, Rounds, Update
-from dist_lowrank.optim.residuals import Residual
+from dist_lowrank.optim.residuals import AddedRows, Residual
 from dist_lowrank.optim.rounding import RowNoise
 from dist_lowrank.optim.shared_columns import columns_of
 from dist_lowrank.optim.state import StateTensor
@@ -78,9 +78,10 @@ class LowRank(Recipe):
 
     @property
     def full_rows(self) -> bool:
-        return self.residual.full_rows
+        return isinstance(self.residual, AddedRows)
 
     def added(self, rows: Tensor, weights: Tensor, basis: Any) -> Tensor:
+        assert isinstance(self.residual, AddedRows)
         return self.residual.added(rows, weights, basis)
 
     def columns_delivered(self, form: TallForm) -> int:
@@ -99,7 +100,7 @@ class LowRank(Recipe):
         moments = self.moments.read(state, place.form.rank, place.dtype)
         if refresh or residual.needs_coordinates:
             coordinates = residual.add_stored(subspace.coordinates(rows, place), state)  # (l, n)
-            if not residual.full_rows:
+            if not self.full_rows:
                 del rows  # a wave holds either of every matrix, not both
             if refresh:
                 mean = self.moments.mean(moments, step) if subspace.uses_momentum and step > 1 else None
@@ -116,13 +117,13 @@ class LowRank(Recipe):
         else:
             coordinates = rows  # all that follows is done without
             coefficients = basis.project(rows)
-            if not residual.full_rows:
+            if not self.full_rows:
                 del rows
         del coordinates  # nor until its sums are there
         direction = yield from self.moments.direction(coefficients, moments, step, place.owned)
         self.moments.write(moments, state, noise)
         weights = None
-        if residual.full_rows:
+        if isinstance(residual, AddedRows):
             factor = self.moments.step_factor(step)
             found = yield from residual.weights(rows, coefficients, direction / factor, basis, state, place.owned)
             weights = found * factor

@@ -12,11 +12,11 @@ from torch import Tensor
 from dist_lowrank.optim.dense import DenseOptions, scheduled_dense_options
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.options import check_choice, check_number
-from dist_lowrank.optim.orthogonalization import Orthogonalize
+from dist_lowrank.optim.orthogonalization import Orthogonalize, orthogonalizer
 from dist_lowrank.optim.recipe import Recipe, Rounds, Update, Whole
 from dist_lowrank.optim.rounding import RowNoise
 from dist_lowrank.optim.state import StateTensor
-from dist_lowrank.optim.storage import Floats
+from dist_lowrank.optim.storage import Floats, momentum_storage
 from dist_lowrank.optim.subspace import Place
 from dist_lowrank.optim.whole import WholeRows
 from dist_lowrank.sharding.layouts import TallForm
@@ -144,14 +144,3 @@ class Muon(LowRankOptimizer):
 
     def dense_options(self, group: dict[str, Any]) -> DenseOptions:
         return scheduled_dense_options(group)
-
-
-def orthogonalizer(group: Mapping[str, Any]) -> Orthogonalize:
-    """From the options of a parameter group."""
-    return Orthogonalize(group["orthogonalization"], group["newton_schulz_steps"], group["newton_schulz_dtype"])
-
-
-def momentum_storage(group: Mapping[str, Any]) -> Floats:
-    """From the options of a parameter group."""
-    check_choice("moment_dtype", group["moment_dtype"], (None, torch.float32, torch.bfloat16))
-    return Floats(group["moment_dtype"])

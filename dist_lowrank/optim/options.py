@@ -32,6 +32,18 @@ def check_number(name: str, value: Any, *, below: float = math.inf) -> None:
         raise refuse(name, value, f"a number >= 0{upper}")
 
 
+def check_positive(name: str, value: Any) -> None:
+    check_number(name, value)
+    if not value:
+        raise refuse(name, value, "a number > 0")
+
+
+def check_decay(name: str, value: Any) -> None:
+    """The exponent of `1 - t^value`, which has to stay between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value <= 0:
+        raise refuse(name, value, "a number <= 0")
+
+
 def check_betas(name: str, value: Any) -> None:
     try:
         first, second = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,3 +60,8 @@ class Orthogonalize:
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x.mT if tall else x
+
+
+def orthogonalizer(group: Mapping[str, Any]) -> Orthogonalize:
+    """From the options of a parameter group."""
+    return Orthogonalize(group["orthogonalization"], group["newton_schulz_steps"], group["newton_schulz_dtype"])

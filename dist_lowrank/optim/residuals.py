@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
@@ -21,7 +22,6 @@ class Residual(Protocol):
     """Adds what was left over to the coordinates of a gradient, and keeps what is left over now."""
 
     needs_coordinates: ClassVar[bool]  # at every step, not only at a refresh
-    full_rows: ClassVar[bool]  # adds whole rows to the update
     lifts: ClassVar[bool]  # whether the direction is part of the update
 
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]: ...
@@ -42,25 +42,7 @@ class Residual(Protocol):
         """Takes what is stored to other coordinates, `E <- E rotation`, from (l, n) to (l, n)."""
 
     def statistics(self, form: TallForm) -> list[int]:
-        """By round: the number of elements of what `weights` yields."""
-
-    def weights(
-        self,
-        rows: Tensor,
-        coefficients: Tensor,
-        direction: Tensor,
-        basis: Basis,
-        state: Mapping[str, Tensor],
-        owned: slice,
-    ) -> Rule[Tensor]:
-        """How much of each row is added, (l, 1); only with `full_rows`.
-
-        Args:
-            direction: (l, r), without the step's factor.
-        """
-
-    def added(self, rows: Tensor, weights: Tensor, basis: Basis) -> Tensor:
-        """What is added to the update for any rows (l, n) of the gradient; only with `full_rows`."""
+        """By round: the number of elements of what is summed over ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +50,6 @@ class Drop:
     """The rest is dropped."""
 
     needs_coordinates: ClassVar[bool] = False
-    full_rows: ClassVar[bool] = False
     lifts: ClassVar[bool] = True  # whether the direction is part of the update
 
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
@@ -88,20 +69,6 @@ class Drop:
 
     def statistics(self, form: TallForm) -> list[int]:
         return []
-
-    def weights(
-        self,
-        rows: Tensor,
-        coefficients: Tensor,
-        direction: Tensor,
-        basis: Basis,
-        state: Mapping[str, Tensor],
-        owned: slice,
-    ) -> Rule[Tensor]:
-        raise NotImplementedError
-
-    def added(self, rows: Tensor, weights: Tensor, basis: Basis) -> Tensor:
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +109,37 @@ class Accumulate(Drop):
         self.storage.write(self.name, before @ rotation, state)
 
 
+class AddedRows(Drop, ABC):
+    """Whole rows are added to the update, each with a weight."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def weights(
+        self,
+        rows: Tensor,
+        coefficients: Tensor,
+        direction: Tensor,
+        basis: Basis,
+        state: Mapping[str, Tensor],
+        owned: slice,
+    ) -> Rule[Tensor]:
+        """How much of each row is added, (l, 1). Yields sums where it needs totals.
+
+        Args:
+            direction: (l, r), without the step's factor.
+        """
+
+    @abstractmethod
+    def added(self, rows: Tensor, weights: Tensor, basis: Basis) -> Tensor:
+        """What is added to the update for any rows (l, n) of the gradient."""
+
+
 @dataclass(frozen=True, slots=True)
-class Sign(Drop):
+class Sign(AddedRows):
     """The rest takes a step of signs, without state (FRUGAL, arXiv 2411.07837)."""
 
     scale: float = 1.0
-
-    full_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number("residual_scale", self.scale)
@@ -170,7 +161,7 @@ class Sign(Drop):
 
 
 @dataclass(frozen=True, slots=True)
-class _Limited(Drop):
+class _Limited(AddedRows):
     """Whole rows, each scaled as Adam scales its coefficients, whose norm may grow by `limit` per step at most.
 
     The weight of row j is `|direction_j| / |coefficients_j|`. The norm of the weighted rows, summed over ranks, is
@@ -178,8 +169,6 @@ class _Limited(Drop):
     """
 
     limit: float = 1.01
-
-    full_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number("residual_limit", self.limit)

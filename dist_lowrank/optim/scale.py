@@ -14,7 +14,7 @@ from dist_lowrank.optim.options import check_choice, check_number
 from dist_lowrank.optim.recipe import Recipe, Rounds, Update
 from dist_lowrank.optim.rounding import RowNoise
 from dist_lowrank.optim.state import StateTensor
-from dist_lowrank.optim.storage import Floats
+from dist_lowrank.optim.storage import Floats, momentum_storage
 from dist_lowrank.optim.subspace import Place
 from dist_lowrank.optim.whole import ColumnFactors, WholeRows
 from dist_lowrank.sharding.layouts import TallForm
@@ -68,9 +68,8 @@ class SCALE(DirectOptimizer):
     def recipe(self, group: dict[str, Any]) -> Recipe:
         check_choice("vocabulary", group["vocabulary"], (None, "embedding", "head", "tied"))
         check_number("momentum", group["momentum"], below=1)
-        check_choice("moment_dtype", group["moment_dtype"], (None, torch.float32, torch.bfloat16))
         if group["vocabulary"] in ("head", "tied"):
-            storage = Floats(group["moment_dtype"])
+            storage = momentum_storage(group)
             return RowsOfMomentum(**recipe_options(group), rank=1.0, momentum=group["momentum"], storage=storage)
         kind = NormalizedColumns if group["vocabulary"] == "embedding" else NormalizedRows
         return kind(**recipe_options(group), rank=1)
@@ -89,9 +88,6 @@ class NormalizedRows(Recipe):
     @property
     def full_rows(self) -> bool:
         return True
-
-    def added(self, rows: Tensor, weights: Tensor, basis: Any) -> Tensor:
-        return rows * weights
 
     def columns_delivered(self, form: TallForm) -> int:
         return 1

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_lowrank.optim.adafactor import check_decay
 from dist_lowrank.optim.direct import DirectOptimizer, recipe_options
-from dist_lowrank.optim.options import check_number, refuse
+from dist_lowrank.optim.options import check_decay, check_number, refuse
 from dist_lowrank.optim.quantization import code_columns, pack_signs, unpack_signs
 from dist_lowrank.optim.recipe import Recipe, Rounds, Update
 from dist_lowrank.optim.rounding import RowNoise

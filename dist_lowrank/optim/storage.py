@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dist_lowrank.optim.options import check_choice
 from dist_lowrank.optim.quantization import (
     code_columns,
     from_dynamic,
@@ -123,3 +124,9 @@ class Dynamic:
             codes, scales = to_dynamic(numbers[rows], signed=self.signed)
             state[name][rows].copy_(codes)
             state[f"{name}_scales"][rows].copy_(scales)
+
+
+def momentum_storage(group: Mapping[str, Any]) -> Floats:
+    """Of one momentum, from the options of a parameter group."""
+    check_choice("moment_dtype", group["moment_dtype"], (None, torch.float32, torch.bfloat16))
+    return Floats(group["moment_dtype"])
