@@ -68,8 +68,8 @@ class SCALE(DirectOptimizer):
     def recipe(self, group: dict[str, Any]) -> Recipe:
         check_choice("vocabulary", group["vocabulary"], (None, "embedding", "head", "tied"))
         check_number("momentum", group["momentum"], below=1)
+        storage = momentum_storage(group)  # checked for every group, used by the head's
         if group["vocabulary"] in ("head", "tied"):
-            storage = momentum_storage(group)
             return RowsOfMomentum(**recipe_options(group), rank=1.0, momentum=group["momentum"], storage=storage)
         kind = NormalizedColumns if group["vocabulary"] == "embedding" else NormalizedRows
         return kind(**recipe_options(group), rank=1)
