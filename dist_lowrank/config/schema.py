@@ -115,6 +115,7 @@ class StrategyConfig:
     shard_size: PositiveInt | None = None  # hsdp: ranks that share one copy of the model; null: the ranks of one node
     reshard_after_forward: bool = True  # fsdp, hsdp: free the gathered weights between forward and backward
     config: str | None = None  # zero: a DeepSpeed JSON to merge in
+    low_rank_gradients: bool = False  # ddp: between refreshes, ranks sum coefficients (L x r) instead of gradients
 
     @property
     def zero_stage(self) -> int | None:
@@ -127,6 +128,12 @@ class StrategyConfig:
             raise ValueError(
                 f"config: {self.config} is not allowed with {self.name}; allowed: null (or zero0, zero1, zero2, zero3)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _low_rank_gradients_are_of_ddp(self) -> StrategyConfig:
+        if self.low_rank_gradients and self.name != "ddp":
+            raise ValueError(f"low_rank_gradients: true is not allowed with {self.name}; allowed: false (or ddp)")
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ LOSS_VALIDATION = "loss/validation"  # nats per token, weighted by tokens, over 
 PERPLEXITY_VALIDATION = "perplexity/validation"  # exp(loss/validation)
 LEARNING_RATE = "learning_rate"  # of the first parameter group, in this step
 GRADIENT_NORM = "gradient_norm"  # global l2 norm of the raw gradient, before clipping
+GRADIENT_NORM_PROJECTED = "gradient_norm/projected"  # the same of what `strategy.low_rank_gradients` leaves of it
 
 TOKENS_PER_SECOND = "throughput/tokens_per_second"  # all ranks together
 MODEL_FLOPS_PER_SECOND = "throughput/model_flops_per_second"  # all ranks together, recomputation not counted

@@ -110,6 +110,8 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, config.schedule, config.train.steps)
         self.timer = StepTimer(device)
         self._time_optimizer()
+        projected = config.strategy.low_rank_gradients
+        self._norm_tag = tags.GRADIENT_NORM_PROJECTED if projected else tags.GRADIENT_NORM
         self.position = Position()
         self.skipped_in_a_row = SkippedInARow(config.train.max_skipped_steps)
         self.spikes = LossSpikes()
@@ -133,6 +135,8 @@ class Trainer:
                 f"{path if group.get('low_rank', True) else 'dense'}: {len(parameters)} parameters, "
                 f"{quantity(sum(p.numel() for p in parameters))} elements: {', '.join(families)}"
             )
+        if self.config.strategy.low_rank_gradients:
+            self.console.line("between refreshes ranks sum coefficients of gradients; clip_norm is of what they span")
         if self.data.unigram_loss is not None:
             self.console.line(f"unigram model: validation loss {self.data.unigram_loss:.4f}")
 
@@ -250,7 +254,7 @@ class Trainer:
         values: dict[str, float] = {
             tags.LOSS_TRAIN: loss,
             tags.LEARNING_RATE: float(learning_rate),
-            tags.GRADIENT_NORM: self.strategy.gradient_norm,
+            self._norm_tag: self.strategy.gradient_norm,
             tags.TOKENS_PER_SECOND: times.tokens_per_second,
             tags.OPTIMIZER_MILLISECONDS: times.optimizer_milliseconds,
             tags.OPTIMIZER_SHARE: times.optimizer_share,
