@@ -8,6 +8,7 @@ import pytest
 import torch
 from collectives import CountCollectives
 from processes import run_on_ranks
+from references import dense_dictionary
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,6 +34,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "grass": (Grass, {"rank": 0.25, "refresh_interval": INTERVAL}),
     "dct_adamw": (DCTAdamW, {"rank": 0.25, "refresh_interval": INTERVAL}),
     "dct_adamw_staggered": (DCTAdamW, {"rank": 0.25, "refresh_interval": INTERVAL, "refresh_stagger": True}),
+    "dct_adamw_previous": (DCTAdamW, {"rank": 0.25, "selection": "previous"}),
     "power": (ProjectedAdam, {"rank": 0.25, "refresh_interval": INTERVAL, "subspace": "power"}),
 }
 
@@ -84,12 +86,75 @@ def _largest_difference(left: list[list[Tensor]], right: list[list[Tensor]]) -> 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_trajectory_is_that_of_whole_gradients_and_of_one_process(world_size: int) -> None:
-    names = list(OPTIMIZERS) if world_size == 2 else ["galore", "dct_adamw"]
+    names = (
+        [name for name in OPTIMIZERS if name != "dct_adamw_previous"] if world_size == 2 else ["galore", "dct_adamw"]
+    )
     alone = {name: _train(0, 1, name, low_rank=False)[0] for name in names}
     for results in run_on_ranks(world_size, _both, world_size, names):
         for name, (low_rank, whole) in results.items():
             assert _largest_difference(low_rank[0], whole[0]) < 1e-10, name
             assert _largest_difference(low_rank[0], alone[name]) < 1e-10, name
+
+
+def _reference_of_previous_selection(world_size: int) -> list[list[Tensor]]:
+    """DCT-AdamW on `_model`, columns by the scores of the ranks' own gradients at the step before; weights by step."""
+    model, generator = _model(), torch.Generator().manual_seed(5)
+    parameters = list(model.parameters())
+    state: dict[int, dict[str, Any]] = {}
+    weights = []
+    for step in range(1, STEPS + 1):
+        data = torch.randn(SAMPLES, 12, generator=generator, dtype=torch.float64)
+        by_rank = [
+            torch.autograd.grad(model(own).sin().sum() * world_size / SAMPLES, parameters)
+            for own in data.chunk(world_size)
+        ]
+        for index, parameter in enumerate(parameters):
+            own_gradients = [gradients[index] for gradients in by_rank]
+            mean = torch.stack(own_gradients).mean(dim=0)
+            known = state.setdefault(index, {})
+            if parameter.ndim == 1:
+                direction = _adam(known, mean, step)
+            else:
+                wide = parameter.shape[0] < parameter.shape[1]
+                tall = [gradient.T if wide else gradient for gradient in own_gradients]
+                dictionary = dense_dictionary("dct2", tall[0].shape[1])
+                rank = round(0.25 * len(dictionary))
+                # At the first step the whole mean gradient is known.
+                local = sum((each @ dictionary).square().sum(dim=0) for each in tall)
+                current = ((mean.T if wide else mean) @ dictionary).square().sum(dim=0) if step == 1 else local
+                scores = current if step == 1 else known["scores"]
+                chosen = sorted(torch.argsort(scores, descending=True, stable=True)[:rank].tolist())
+                known["scores"] = current
+                basis = dictionary[:, chosen]
+                for key in ("m", "v"):
+                    columns = dict(zip(known.get("chosen", []), known.get(key, mean.new_zeros(1, 0)).T, strict=True))
+                    known[key] = torch.stack([columns.get(k, mean.new_zeros(len(tall[0]))) for k in chosen], dim=1)
+                known["chosen"] = chosen
+                lifted = _adam(known, (mean.T if wide else mean) @ basis, step) @ basis.T
+                direction = lifted.T if wide else lifted
+            parameter.data -= 0.01 * direction
+        weights.append([parameter.detach().clone() for parameter in parameters])
+    return weights
+
+
+def _adam(state: dict[str, Any], gradient: Tensor, step: int) -> Tensor:
+    state["m"] = 0.9 * state.get("m", 0) + 0.1 * gradient
+    state["v"] = 0.99 * state.get("v", 0) + 0.01 * gradient**2
+    mean, square = state["m"] / (1 - 0.9**step), state["v"] / (1 - 0.99**step)
+    result: Tensor = mean / (square.sqrt() + 1e-8)
+    return result
+
+
+def test_columns_of_the_step_before_are_chosen_as_the_formula_says() -> None:
+    alone = _train(0, 1, "dct_adamw_previous", low_rank=False)[0]
+    assert _largest_difference(alone, _reference_of_previous_selection(1)) < 1e-10
+    reference = _reference_of_previous_selection(2)
+    assert _largest_difference(alone, reference) > 1e-3, "the number of ranks should show"
+    for results in run_on_ranks(2, _both, 2, ["dct_adamw_previous"]):
+        (low_rank, sent), (whole, _) = results["dct_adamw_previous"]
+        assert _largest_difference(low_rank, reference) < 1e-10
+        assert _largest_difference(whole, alone) < 1e-10
+        assert sent[1:] == [69 + 60 + 40 + 18 + 12 + 9 + 9] * (STEPS - 1)  # vectors, coefficients, scores
 
 
 def test_micro_batches_are_accumulated_before_they_are_projected() -> None:

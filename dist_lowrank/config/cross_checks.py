@@ -85,8 +85,8 @@ def _low_rank_gradients(config: RunConfig) -> list[str]:
         problems.append(_refused(f"optimizer.{rest}", "none there"))
     if source.endswith(("=shared", "=blocks")):
         problems.append(_refused(f"optimizer.{source}", "any other there"))
-    if optimizer.refresh_interval == 1:
-        problems.append(_refused("optimizer.refresh_interval=1", "2 or more there"))
+    if optimizer.refresh_interval == 1 and getattr(optimizer, "selection", "current") == "current":
+        problems.append(_refused("optimizer.refresh_interval=1", "2 or more there (dct_adamw: or selection=previous)"))
     return problems
 
 
