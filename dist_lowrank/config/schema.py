@@ -13,6 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from dist_lowrank.config.launchers import (
+    ComposeLauncher,
+    DockerLauncher,
+    LocalLauncher,
+    SlurmLauncher,
+    TorchrunLauncher,
+)
 from dist_lowrank.config.optimizers import (
     AdafactorConfig,
     AdamW8bitConfig,
@@ -235,16 +242,6 @@ class ResumeConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class LauncherConfig:
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when a GPU is visible
-    nproc_per_node: PositiveInt | None = None  # null: all visible GPUs, or 2 on a CPU
-    threads: PositiveInt | None = None  # per process; null: cores / processes
-    timeout_seconds: PositiveInt = 600  # without progress, until a rank counts as hanging
-    stop_seconds: PositiveInt = 120  # for ranks to save after a signal, before they are killed
-    max_restarts: NonNegativeInt = 0  # after a rank failed, died or hung; resumes from the newest checkpoint
-
-
-@dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """Everything that a worker needs to know. `run` names the folder, not the science."""
 
@@ -272,7 +269,10 @@ class RunConfig:
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     resume: ResumeConfig = Field(default_factory=ResumeConfig)
-    launcher: LauncherConfig = Field(default_factory=LauncherConfig)
+    launcher: Annotated[
+        LocalLauncher | TorchrunLauncher | DockerLauncher | ComposeLauncher | SlurmLauncher,
+        Field(discriminator="name"),
+    ] = Field(default_factory=LocalLauncher)
     seed: NonNegativeInt = 0
     runs: str = "runs"  # folder of all runs
     name: Name | None = None  # of the run folder's prefix; null: <model>-<optimizer>
