@@ -41,8 +41,8 @@ def forecast_traffic(config: RunConfig, world_size: int) -> list[TrafficRow]:
     """
     if isinstance(config.optimizer, AdamWConfig):
         return _by_purpose("every step", [])
-    with _pretended_ranks(world_size):
-        optimizer = _optimizer_on_layouts(config)
+    with pretended_rank(0, world_size):
+        optimizer = optimizer_on_layouts(config, build_model(config, meta=True))
         at_refresh = collectives_of_step(optimizer, refresh=True)
         otherwise = collectives_of_step(optimizer, refresh=False)
         changing = collectives_of_dictionaries(optimizer)
@@ -62,8 +62,8 @@ def forecast_traffic(config: RunConfig, world_size: int) -> list[TrafficRow]:
     return rows + (_by_purpose(f"every {optimizer.verify_every} steps", verifying) if verifying else [])
 
 
-def _optimizer_on_layouts(config: RunConfig) -> LowRankOptimizer:
-    model = build_model(config, meta=True)
+def optimizer_on_layouts(config: RunConfig, model: nn.Module) -> LowRankOptimizer:
+    """The optimizer of a model without storage, which is sharded as this rank would hold it."""
     if config.strategy.zero_stage:
         return _optimizer_on_flat_tensors(config, model)
     if config.strategy.name not in ("ddp", "zero0"):  # under which the optimizer sees the plain parameters
@@ -94,9 +94,9 @@ def _optimizer_on_flat_tensors(config: RunConfig, model: nn.Module) -> LowRankOp
 
 
 @contextmanager
-def _pretended_ranks(world_size: int) -> Iterator[None]:
-    """This process as rank 0 of many; torch's `fake` backend sends nothing."""
-    dist.init_process_group("fake", rank=0, world_size=world_size)
+def pretended_rank(rank: int, world_size: int) -> Iterator[None]:
+    """This process as one rank of many; torch's `fake` backend sends nothing."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size)
     try:
         yield
     finally:
