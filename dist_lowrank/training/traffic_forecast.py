@@ -65,7 +65,7 @@ def forecast_traffic(config: RunConfig, world_size: int) -> list[TrafficRow]:
 def optimizer_on_layouts(config: RunConfig, model: nn.Module) -> LowRankOptimizer:
     """The optimizer of a model without storage, which is sharded as this rank would hold it."""
     if config.strategy.zero_stage:
-        return _optimizer_on_flat_tensors(config, model)
+        return optimizer_on_flat_tensors(config, model, "meta")
     if config.strategy.name not in ("ddp", "zero0"):  # under which the optimizer sees the plain parameters
         forms = low_rank_forms(route(model, config), config)
         apply_strategy(model, blocks(model), config.strategy, config.precision, forms, torch.device("cpu"))
@@ -74,7 +74,7 @@ def optimizer_on_layouts(config: RunConfig, model: nn.Module) -> LowRankOptimize
     return optimizer
 
 
-def _optimizer_on_flat_tensors(config: RunConfig, model: nn.Module) -> LowRankOptimizer:
+def optimizer_on_flat_tensors(config: RunConfig, model: nn.Module, device: str) -> LowRankOptimizer:
     """As DeepSpeed's stages 1 to 3 make them."""
     stage, rank, group_of_all = config.strategy.zero_stage, dist.get_rank(), dist.group.WORLD
     assert stage is not None
@@ -87,7 +87,7 @@ def _optimizer_on_flat_tensors(config: RunConfig, model: nn.Module) -> LowRankOp
         for name, _, slices in members:
             parts.append(FlatPart(name, position, slices))
             position += slices[rank].stop - slices[rank].start
-        flat = nn.Parameter(torch.empty(position, device="meta"))
+        flat = nn.Parameter(torch.empty(position, device=device))
         group["params"] = [flat]
         optimizer.declare_flat_parts({flat: parts}, group_of_all)
     return optimizer
