@@ -188,11 +188,14 @@ class Dictionary:
             if faster_transform(name, n, dtype, device, lambda rows: rows @ matrix, self._fast) == "gemm":
                 self._fast = None
 
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        tables = (self._atoms, self._formula and self._formula.table, self._fast and self._fast.twiddle)
+        return [table for table in tables if table is not None]
+
     @property
     def storage_bytes(self) -> int:
-        tensors = [self._atoms, self._formula.table if self._formula else None]
-        held = sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
-        return held + (self._fast.storage_bytes if self._fast else 0)
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
 
     def transform(self, rows: Tensor) -> Tensor:
         """Coordinates of each row: `rows @ D`, (L, n) -> (L, n). May return `rows` itself."""
@@ -287,6 +290,6 @@ class DictionaryCache:
             )
         return self._dictionaries[key]
 
-    @property
-    def storage_bytes(self) -> int:
-        return sum(dictionary.storage_bytes for dictionary in self._dictionaries.values())
+    def tensors(self) -> list[Tensor]:
+        """All that the dictionaries hold."""
+        return [tensor for dictionary in self._dictionaries.values() for tensor in dictionary.tensors()]

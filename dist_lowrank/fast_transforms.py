@@ -32,7 +32,7 @@ class FastTransform:
     def __init__(self, name: str, n: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self.name = name
         self.n = n
-        self._twiddle: Tensor | None = None  # (n // 2 + 1,) complex
+        self.twiddle: Tensor | None = None  # (n // 2 + 1,) complex
         self._scipy_dct = _scipy_dct() if device.type == "cpu" and name != "hadamard" else None
         if name == "hadamard":
             self._of_block: Callable[[Tensor, Tensor], None] = self._hadamard
@@ -45,11 +45,7 @@ class FastTransform:
         magnitude = torch.full_like(angle, math.sqrt(2 / n) if name == "dct2" else math.sqrt(n / 2))
         magnitude[0] = math.sqrt(1 / n) if name == "dct2" else math.sqrt(n)
         twiddle = torch.polar(magnitude, -angle if name == "dct2" else angle)
-        self._twiddle = twiddle.to(device=device, dtype=torch.complex64 if dtype == torch.float32 else torch.complex128)
-
-    @property
-    def storage_bytes(self) -> int:
-        return 0 if self._twiddle is None else self._twiddle.untyped_storage().nbytes()
+        self.twiddle = twiddle.to(device=device, dtype=torch.complex64 if dtype == torch.float32 else torch.complex128)
 
     def __call__(self, rows: Tensor) -> Tensor:
         # Fake tensors (planning) are subclasses without data to hand to scipy.
@@ -67,18 +63,18 @@ class FastTransform:
     def _dct2(self, rows: Tensor, result: Tensor) -> None:
         n, half = self.n, self.n // 2
         reordered = torch.cat([rows[:, ::2], rows[:, 1::2].flip(1)], dim=1)
-        spectrum = torch.fft.rfft(reordered).mul_(self._twiddle)  # (l, n // 2 + 1)
+        spectrum = torch.fft.rfft(reordered).mul_(self.twiddle)  # (l, n // 2 + 1)
         # Entry k is the real part of the spectrum at k, entry n - k minus its imaginary part.
         result[:, : half + 1] = spectrum.real
         torch.neg(spectrum.imag[:, 1 : n - half].flip(1), out=result[:, half + 1 :])
 
     def _dct3(self, rows: Tensor, result: Tensor) -> None:
         n, half = self.n, self.n // 2
-        assert self._twiddle is not None
-        spectrum = torch.zeros(rows.shape[0], half + 1, dtype=self._twiddle.dtype, device=rows.device)
+        assert self.twiddle is not None
+        spectrum = torch.zeros(rows.shape[0], half + 1, dtype=self.twiddle.dtype, device=rows.device)
         spectrum.real.copy_(rows[:, : half + 1])
         torch.neg(rows[:, n - half :].flip(1), out=spectrum.imag[:, 1:])
-        reordered = torch.fft.irfft(spectrum.mul_(self._twiddle), n=n)
+        reordered = torch.fft.irfft(spectrum.mul_(self.twiddle), n=n)
         result[:, ::2] = reordered[:, : n - half]
         result[:, 1::2] = reordered[:, n - half :].flip(1)
 

@@ -202,6 +202,7 @@ class TelemetryConfig:
     tensorboard: bool = True
     log_interval: PositiveInt = 1  # steps between entries in TensorBoard and the JSON lines
     console_interval: PositiveInt = 10  # steps between plain lines, when the console is not a terminal
+    memory_tracker_steps: tuple[PositiveInt, ...] = ()  # steps (slower) in which all memory is told by cause: [1, 2]
 
 
 @dataclass(frozen=True, config=STRICT)

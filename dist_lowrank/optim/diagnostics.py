@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,22 +25,33 @@ class Diagnostics:
     bind: Callable[[], list[list[BoundParameter]]]
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes that this rank holds, by cause; the causes are disjoint and their sum is all of the state."""
+        """Bytes that this rank holds, by cause; the causes are disjoint and their sum is all that is held."""
+        return {cause: _storage_bytes(tensors) for cause, tensors in self.memory_tensors().items()}
+
+    def memory_tensors(self) -> dict[str, list[Tensor]]:
+        """All tensors that this optimizer holds on this rank between steps, by cause; of DTensors the local ones.
+
+        Causes are those that parts of recipes give to their state, `dense_moments`, `shared_dictionary`,
+        `other_state` (counters of steps), `dictionary` (the cache of fixed ones) and `diagnostics` (what
+        `captured_energy` and `column_turnover` tell).
+        """
         causes_of_state = ("moments", "dense_moments", "indices", "projection", "shared_dictionary", "error_feedback")
-        totals = dict.fromkeys((*causes_of_state, "other_state"), 0)
+        found: dict[str, list[Tensor]] = {cause: [] for cause in (*causes_of_state, "other_state")}
         held = {bound.parameter: bound for members in self.bind() for bound in members}
         held |= {p: self._bound[p] for p in self._flat if p in self._bound}  # DeepSpeed empties groups between steps
+        diagnostics = []
         for bound in held.values():
             causes: dict[str, str] = {}
             for matrix in bound.matrices:
                 causes |= {matrix.piece.prefix + key: spec.cause for key, spec in matrix.specs.items()}
                 if matrix.role is not None:
                     causes[matrix.role.key] = "shared_dictionary"
+                diagnostics += [each for each in (matrix.captured_energy, matrix.previous_indices) if each is not None]
             for dense in bound.dense:
                 causes |= {dense.piece.prefix + key: "dense_moments" for key in ("exp_avg", "exp_avg_sq")}
             for key, tensor in self._state[bound.parameter].items():
-                totals[causes.get(key, "other_state")] += local(tensor).untyped_storage().nbytes()
-        return {**totals, "dictionary": self._dictionaries.storage_bytes}
+                found[causes.get(key, "other_state")].append(local(tensor))
+        return {**found, "dictionary": self._dictionaries.tensors(), "diagnostics": diagnostics}
 
     def captured_energy(self) -> dict[str, float]:
         """By parameter name: the share of the score that the columns chosen last hold, at the last refresh.
@@ -83,3 +94,9 @@ class Diagnostics:
     def _matrices(self) -> list[BoundMatrix]:
         """Of which this rank has a share."""
         return [matrix for bound in self._bound.values() for matrix in bound.matrices if matrix.present]
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind tensors, each once."""
+    storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storage.nbytes() for storage in storages.values())

@@ -32,7 +32,6 @@ from dist_lowrank.sharding.exchanged import FlatSlice
 from dist_lowrank.sharding.layouts import LayoutError
 from dist_lowrank.sharding.pieces import FlatPart
 from dist_lowrank.strategies.flat_claims import FlatTensor, Run, check_claims, check_weights, read_buffer
-from dist_lowrank.telemetry.memory import bytes_by_cause
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -62,8 +61,8 @@ def bind(engine: Any) -> None:
     optimizer.agree_on_gradients = False
 
 
-def memory_by_cause(engine: Any) -> dict[str, int]:
-    """Bytes that this rank holds now, by cause, as `dist_lowrank.telemetry.memory` counts; with `master_weights`.
+def held_tensors(engine: Any) -> dict[str, list[Tensor]]:
+    """Parameters, `master_weights` and gradients that this rank holds now.
 
     Of gradients, those that are kept between backward and step, summed or not, without DeepSpeed's buckets.
     """
@@ -80,8 +79,7 @@ def memory_by_cause(engine: Any) -> dict[str, int]:
     averaged = getattr(wrapper, "averaged_gradients", {})
     gradients += [each for parts in averaged.values() for each in parts or () if isinstance(each, Tensor)]
     parameters = [*weights, *(weight.ds_tensor for weight in weights if hasattr(weight, "ds_tensor"))]
-    by_cause = {"parameters": parameters, "master_weights": masters, "gradients": gradients}
-    return bytes_by_cause(by_cause, engine.basic_optimizer)
+    return {"parameters": parameters, "master_weights": masters, "gradients": gradients}
 
 
 def whole_weights(engine: Any) -> dict[str, Tensor]:

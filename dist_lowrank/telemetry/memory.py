@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -23,17 +23,28 @@ def memory_by_cause(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
             any other counts as `dense_moments`.
 
     Returns:
-        `parameters`, `gradients`, and the optimizer's causes: some of `moments`, `dense_moments`, `indices`,
-        `projection`, `shared_dictionary`, `error_feedback`, `dictionary`, `other_state`. Where the model is on a GPU
-        also `allocator_peak`, which is not a cause but the most that torch's allocator has held at once, activations
-        and workspace included.
+        `parameters`, `gradients`, and the optimizer's causes (`dist_lowrank.telemetry.causes`). Where the model is on
+        a GPU also what `allocator_bytes` says.
     """
-    parameters = list(model.parameters())
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return bytes_by_cause({"parameters": parameters, "gradients": gradients}, optimizer)
+    return bytes_by_cause(model_tensors(model), optimizer)
 
 
-def bytes_by_cause(tensors: Mapping[str, Iterable[torch.Tensor]], optimizer: Optimizer) -> dict[str, int]:
+def model_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Parameters and the gradients that are there."""
+    parameters: list[Tensor] = list(model.parameters())
+    return {"parameters": parameters, "gradients": [p.grad for p in parameters if p.grad is not None]}
+
+
+def state_tensors(optimizer: Optimizer) -> dict[str, list[Tensor]]:
+    """By cause; of an optimizer that does not tell its causes, all as `dense_moments`."""
+    if callable(account := getattr(optimizer, "memory_tensors", None)):
+        by_cause: dict[str, list[Tensor]] = account()
+        return by_cause
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return {"dense_moments": [value for value in values if isinstance(value, Tensor)]}
+
+
+def bytes_by_cause(tensors: Mapping[str, Iterable[Tensor]], optimizer: Optimizer) -> dict[str, int]:
     """`memory_by_cause` where parameters and gradients do not lie in the model: tensors by cause, `parameters` first.
 
     A storage that has several causes counts for the first.
@@ -43,19 +54,33 @@ def bytes_by_cause(tensors: Mapping[str, Iterable[torch.Tensor]], optimizer: Opt
     device = None
     for cause, members in tensors.items():
         members = list(members)
-        by_cause[cause] = _storage_bytes(members, counted)
+        by_cause[cause] = storage_bytes(members, counted)
         device = device or next((p.device for p in members if p.device.type == "cuda"), None)
     if callable(account := getattr(optimizer, "memory_bytes", None)):
         by_cause |= account()
     else:
-        states = (value for state in optimizer.state.values() for value in state.values())
-        by_cause["dense_moments"] = _storage_bytes((v for v in states if isinstance(v, torch.Tensor)), counted)
-    if device is not None:
-        by_cause["allocator_peak"] = torch.cuda.max_memory_allocated(device)
-    return by_cause
+        by_cause |= {cause: storage_bytes(each, counted) for cause, each in state_tensors(optimizer).items()}
+    return by_cause | (allocator_bytes(device) if device is not None else {})
 
 
-def _storage_bytes(tensors: Iterable[torch.Tensor], counted: set[tuple[torch.device, int]]) -> int:
+def allocator_bytes(device: torch.device) -> dict[str, int]:
+    """What torch's allocator says about a GPU now.
+
+    Returns:
+        `fragmentation`: what it has reserved and not given out; `outside_allocator`: what is used of the device beside
+        that, by the driver, by NCCL and by other processes; and `allocator_peak`, which is no cause but the most that
+        it has given out at once.
+    """
+    reserved = torch.cuda.memory_reserved(device)
+    free, capacity = torch.cuda.mem_get_info(device)
+    return {
+        "fragmentation": reserved - torch.cuda.memory_allocated(device),
+        "outside_allocator": capacity - free - reserved,
+        "allocator_peak": torch.cuda.max_memory_allocated(device),
+    }
+
+
+def storage_bytes(tensors: Iterable[Tensor], counted: set[tuple[torch.device, int]]) -> int:
     """Bytes of the tensors' local storages that are not yet in `counted`; adds them to it."""
     total_bytes = 0
     for tensor in tensors:

@@ -27,5 +27,16 @@ def captured_energy(family: str) -> str:
 
 
 def memory_bytes(cause: str) -> str:
-    """Tag of the bytes that this rank holds for one cause (see `dist_lowrank.telemetry.memory`)."""
+    """Tag of the bytes that this rank holds for one cause (see `dist_lowrank.telemetry.causes`).
+
+    Of what only lives within a step the most at any one moment of it, at the steps that are tracked.
+    """
     return f"memory_bytes/{cause}"
+
+
+def memory_at_peak_bytes(cause: str) -> str:
+    """Tag of the bytes that this rank held for one cause at the moment of a tracked step at which it held the most.
+
+    All causes and `residual` add up to the cause `total`.
+    """
+    return f"memory_at_peak_bytes/{cause}"

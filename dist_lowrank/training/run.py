@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from dist_lowrank.config import ConfigError, RunConfig, RunFolder
 from dist_lowrank.exit_codes import ExitCode, NotFinite
 from dist_lowrank.telemetry import tags
 from dist_lowrank.telemetry.console import Console, quantity
+from dist_lowrank.telemetry.memory import bytes_by_cause, state_tensors
+from dist_lowrank.telemetry.memory_tracker import MemoryTracker
 from dist_lowrank.telemetry.metrics import MetricsWriter
 from dist_lowrank.telemetry.throughput import StepTimer, model_flops_per_token, peak_flops_per_second
 from dist_lowrank.training.checkpoints import Checkpoints, Progress
@@ -153,7 +155,8 @@ class Trainer:
         with watch or nullcontext():
             for step in range(done + 1, steps + 1):
                 try:
-                    asked = self._step(step, stop)
+                    with self._memory_tracked(step):
+                        asked = self._step(step, stop)
                 except NotFinite:  # on all ranks
                     self.checkpoints.close()
                     raise
@@ -169,6 +172,22 @@ class Trainer:
         check_not_mostly_skipped(self.progress.skipped_steps, steps)
         self._finish(steps)
         return ExitCode.FINISHED
+
+    @contextmanager
+    def _memory_tracked(self, step: int) -> Iterator[None]:
+        """Logs what the step held at its peak, if it is one of those that should tell."""
+        if step not in self.config.telemetry.memory_tracker_steps:
+            yield
+            return
+        with MemoryTracker(self.strategy.model, self.optimizer, self._held, self.device) as tracker:
+            yield
+        memory = tracker.told()
+        values = {tags.memory_bytes(cause): most for cause, most in memory.most.items()}
+        values |= {tags.memory_at_peak_bytes(cause): held for cause, held in memory.at_peak.items()}
+        self.metrics.log(step, values | {tags.memory_at_peak_bytes("total"): memory.total_bytes})
+
+    def _held(self) -> dict[str, list[torch.Tensor]]:
+        return {**self.strategy.tensors(), **state_tensors(self.optimizer)}
 
     def _save(self, step: int) -> None:
         self.position.enter("save", step)
@@ -205,7 +224,7 @@ class Trainer:
         mean_loss, bad_ranks, interrupts, requests, saving = vote.tolist()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         due = step % config.telemetry.log_interval == 0 or step == config.train.steps
-        memory = self.strategy.memory() if due else {}
+        memory = bytes_by_cause(self.strategy.tensors(), self.optimizer) if due else {}
         updated = self.strategy.step(skip=bool(bad_ranks))
         if not updated:
             self.progress.skipped_steps += 1

@@ -24,13 +24,13 @@ from dist_lowrank.optim.given import GivenParameters
 from dist_lowrank.optim.gradient_sync import sum_coefficients
 from dist_lowrank.sharding.layouts import TallForm
 from dist_lowrank.strategies import apply_strategy, autocast, gradient_sync
-from dist_lowrank.telemetry.memory import memory_by_cause
+from dist_lowrank.telemetry.memory import model_tensors
 from dist_lowrank.training.model import blocks, low_rank_forms, route
 from dist_lowrank.training.optimizers import make_optimizer
 
 
 class Strategy(Protocol):
-    """A model spread over ranks, with its optimizer. All methods are collective, but for `forward` and `memory`."""
+    """A model spread over ranks, with its optimizer. All methods are collective, but for `forward` and `tensors`."""
 
     model: Any  # to be called
     optimizer: torch.optim.Optimizer
@@ -48,8 +48,8 @@ class Strategy(Protocol):
     def step(self, *, skip: bool) -> bool:
         """Clips, updates unless it should be skipped, and forgets the gradient. Returns whether it updated."""
 
-    def memory(self) -> dict[str, int]:
-        """Bytes that this rank holds, by cause; between `backward` and `step`, so that gradients are seen."""
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Weights and gradients that this rank holds, by cause; gradients show between `backward` and `step`."""
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The model's state dict on the CPU; complete on rank 0."""
@@ -100,8 +100,8 @@ class Native:
         self.gradient_norm = float(self._norm)
         return not skip
 
-    def memory(self) -> dict[str, int]:
-        return memory_by_cause(self.model, self.optimizer)
+    def tensors(self) -> dict[str, list[Tensor]]:
+        return model_tensors(self.model)
 
     def whole_weights(self) -> dict[str, Tensor]:
         module = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
@@ -157,8 +157,8 @@ class DeepSpeed:
         self.gradient_norm = float(self.model.get_global_grad_norm() if self.checks_gradients else self._norm)
         return not skip
 
-    def memory(self) -> dict[str, int]:
-        return self.adapter.memory_by_cause(self.model)
+    def tensors(self) -> dict[str, list[Tensor]]:
+        return self.adapter.held_tensors(self.model)
 
     def whole_weights(self) -> dict[str, Tensor]:
         return self.adapter.whole_weights(self.model)

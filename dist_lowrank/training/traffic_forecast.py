@@ -41,8 +41,8 @@ def forecast_traffic(config: RunConfig, world_size: int) -> list[TrafficRow]:
     """
     if isinstance(config.optimizer, AdamWConfig):
         return _by_purpose("every step", [])
-    with _pretended_ranks(world_size):
-        optimizer = _optimizer_on_layouts(config)
+    with pretended_rank(0, world_size):
+        optimizer = optimizer_on_layouts(config, build_model(config, meta=True))
         at_refresh = collectives_of_step(optimizer, refresh=True)
         otherwise = collectives_of_step(optimizer, refresh=False)
         changing = collectives_of_dictionaries(optimizer)
@@ -62,10 +62,10 @@ def forecast_traffic(config: RunConfig, world_size: int) -> list[TrafficRow]:
     return rows + (_by_purpose(f"every {optimizer.verify_every} steps", verifying) if verifying else [])
 
 
-def _optimizer_on_layouts(config: RunConfig) -> LowRankOptimizer:
-    model = build_model(config, meta=True)
+def optimizer_on_layouts(config: RunConfig, model: nn.Module) -> LowRankOptimizer:
+    """The optimizer of a model without storage, which is sharded as this rank would hold it."""
     if config.strategy.zero_stage:
-        return _optimizer_on_flat_tensors(config, model)
+        return optimizer_on_flat_tensors(config, model, "meta")
     if config.strategy.name not in ("ddp", "zero0"):  # under which the optimizer sees the plain parameters
         forms = low_rank_forms(route(model, config), config)
         apply_strategy(model, blocks(model), config.strategy, config.precision, forms, torch.device("cpu"))
@@ -74,7 +74,7 @@ def _optimizer_on_layouts(config: RunConfig) -> LowRankOptimizer:
     return optimizer
 
 
-def _optimizer_on_flat_tensors(config: RunConfig, model: nn.Module) -> LowRankOptimizer:
+def optimizer_on_flat_tensors(config: RunConfig, model: nn.Module, device: str) -> LowRankOptimizer:
     """As DeepSpeed's stages 1 to 3 make them."""
     stage, rank, group_of_all = config.strategy.zero_stage, dist.get_rank(), dist.group.WORLD
     assert stage is not None
@@ -87,16 +87,16 @@ def _optimizer_on_flat_tensors(config: RunConfig, model: nn.Module) -> LowRankOp
         for name, _, slices in members:
             parts.append(FlatPart(name, position, slices))
             position += slices[rank].stop - slices[rank].start
-        flat = nn.Parameter(torch.empty(position, device="meta"))
+        flat = nn.Parameter(torch.empty(position, device=device))
         group["params"] = [flat]
         optimizer.declare_flat_parts({flat: parts}, group_of_all)
     return optimizer
 
 
 @contextmanager
-def _pretended_ranks(world_size: int) -> Iterator[None]:
-    """This process as rank 0 of many; torch's `fake` backend sends nothing."""
-    dist.init_process_group("fake", rank=0, world_size=world_size)
+def pretended_rank(rank: int, world_size: int) -> Iterator[None]:
+    """This process as one rank of many; torch's `fake` backend sends nothing."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size)
     try:
         yield
     finally:

@@ -1,0 +1,164 @@
+"""The optimizer's state on each rank, by cause, to the byte: what `memory_bytes` will say after a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy
+import torch
+
+from dist_lowrank.config.optimizers import AdamWConfig
+from dist_lowrank.config.schema import RunConfig
+from dist_lowrank.fast_transforms import FAST_TRANSFORMS, FastTransform
+from dist_lowrank.optim.blocks import Blocks
+from dist_lowrank.optim.columns import DictionaryColumns
+from dist_lowrank.optim.dense import arithmetic_dtype
+from dist_lowrank.optim.shared_columns import SharedColumns
+from dist_lowrank.optim.shared_dictionary import role_key, shares_dictionary
+from dist_lowrank.optim.state import StateTensor
+from dist_lowrank.planning.parameters import PlannedParameter, by_group
+from dist_lowrank.planning.shares import Counts, shards_of, shares
+
+COUNTER_BYTES = 4  # of steps, one per parameter or part of one
+Bytes = dict[str, Counts]  # by cause
+
+
+def optimizer_bytes(
+    config: RunConfig,
+    parameters: Sequence[PlannedParameter],
+    world_size: int,
+    *,
+    device_type: str = "cpu",
+    step: int | None = None,
+) -> Bytes:
+    """By cause, on each rank, as after `step`.
+
+    Args:
+        step: decides whose turn it is where matrices take turns (`blocks`). None: the turn in which a rank holds the
+            most, of those that come in the run.
+    """
+    if isinstance(config.optimizer, AdamWConfig):
+        return {"dense_moments": _of_torchs_adamw(config, parameters, world_size)}
+    kept: Bytes = {}
+    dormant: list[tuple[Blocks, Counts]] = []  # what a matrix needs beside, when it is its turn
+
+    def add(cause: str, count: Counts | int) -> None:
+        kept[cause] = kept.get(cause, numpy.zeros(world_size, dtype=numpy.int64)) + count
+
+    for parameter, share, number in shares(config, parameters, world_size):
+        add("other_state", number * COUNTER_BYTES)
+        if parameter.specs is None:
+            add("dense_moments", 2 * number * share.elements * parameter.state_dtype.itemsize)
+            continue
+        for spec in parameter.specs.values():
+            if spec.dormant:
+                assert isinstance(parameter.recipe, Blocks)
+                add(spec.cause, number * spec.dtype.itemsize)
+                beside = numpy.maximum(_tensor_bytes(spec, share.rows) - spec.dtype.itemsize, 0)
+                dormant.append((parameter.recipe, number * beside))
+            else:
+                add(spec.cause, number * _tensor_bytes(spec, share.rows))
+    if dormant:
+        add("moments", _awake(dormant, range(step, step + 1) if step else range(1, config.train.steps + 1)))
+    for parameter in _keepers(config, parameters):
+        assert parameter.form is not None
+        add("shared_dictionary", parameter.form.n**2 * arithmetic_dtype(parameter.tensor).itemsize)
+        add("other_state", COUNTER_BYTES)
+    add("dictionary", _dictionary_bytes(parameters, device_type, _repeated(config, world_size)))
+    return {cause: count for cause, count in kept.items() if count.any()}
+
+
+def _tensor_bytes(spec: StateTensor, rows: Counts) -> Counts:
+    return spec.columns * spec.dtype.itemsize * (rows if spec.sharded else numpy.full_like(rows, spec.rows or 1))
+
+
+def _awake(dormant: Sequence[tuple[Blocks, Counts]], steps: range) -> Counts:
+    """Of matrices whose turn it is, the most in any of the steps."""
+    interval = dormant[0][0].interval
+    turns = sorted({(step - 1) // interval for step in (*steps[::interval], steps[-1])})
+    held = (
+        sum((count for recipe, count in dormant if recipe.active(turn * interval + 1)), numpy.zeros_like(dormant[0][1]))
+        for turn in turns
+    )
+    most = numpy.zeros_like(dormant[0][1])
+    for count in held:
+        most = numpy.maximum(most, count)
+    return most
+
+
+def _keepers(config: RunConfig, parameters: Iterable[PlannedParameter]) -> Iterator[PlannedParameter]:
+    """The matrices with whose state a shared dictionary is kept: the first of each role."""
+    known = set()
+    for parameter in parameters:
+        form, recipe = parameter.form, parameter.recipe
+        if form is None or recipe is None or not shares_dictionary(recipe):
+            continue
+        # DeepSpeed has a flat tensor for each group, and each has dictionaries of its own.
+        flat = parameter.group if config.strategy.zero_stage else None
+        key = (*role_key(parameter.name, None, form.n, form.side), arithmetic_dtype(parameter.tensor), flat)
+        if key not in known:
+            known.add(key)
+            yield parameter
+
+
+def _repeated(config: RunConfig, world_size: int) -> Callable[[PlannedParameter], bool]:
+    """Whether other ranks do the same work on a matrix, so that `auto` must not measure."""
+    if config.strategy.zero_stage:  # rows that a cut tears
+        return lambda parameter: parameter.form is not None and not parameter.form.transposed and world_size > 1
+    shards = shards_of(config, world_size)
+    copies = shards is not None and world_size > shards
+    return lambda parameter: copies
+
+
+def _dictionary_bytes(
+    parameters: Iterable[PlannedParameter], device_type: str, repeated: Callable[[PlannedParameter], bool]
+) -> int:
+    """Of fixed dictionaries: one for each set of options, size and dtype, on every rank."""
+    sizes: dict[tuple[object, ...], int] = {}
+    for parameter in parameters:
+        subspace = getattr(parameter.recipe, "subspace", None)
+        if parameter.form is None or not isinstance(subspace, DictionaryColumns) or isinstance(subspace, SharedColumns):
+            continue
+        transform = subspace.transform
+        if transform == "auto" and subspace.materialize and repeated(parameter):
+            transform = "gemm"
+        dtype = arithmetic_dtype(parameter.tensor)
+        key = (subspace.dictionary, parameter.form.n, dtype, subspace.seed, transform, subspace.materialize)
+        if key not in sizes:
+            sizes[key] = _one_dictionary(subspace, parameter.form.n, dtype, transform, device_type)
+    return sum(sizes.values())
+
+
+def _one_dictionary(subspace: DictionaryColumns, n: int, dtype: torch.dtype, transform: str, device_type: str) -> int:
+    """The matrix, or a table; and what a fast transform keeps, also where `auto` may find that it is the slower one."""
+    name = subspace.dictionary
+    if name == "identity":
+        return 0
+    numbers = n * n if subspace.materialize else 3 if name == "hadamard" else 4 * n
+    size_bytes = numbers * dtype.itemsize
+    if name in FAST_TRANSFORMS and transform != "gemm":
+        # A CPU may have scipy's, which keeps nothing.
+        device = torch.device("cpu" if device_type == "cpu" else "meta")
+        size_bytes += FastTransform(name, n, dtype=dtype, device=device).storage_bytes
+    return size_bytes
+
+
+def _of_torchs_adamw(config: RunConfig, parameters: Sequence[PlannedParameter], shards: int, world_size: int) -> Counts:
+    total = numpy.zeros(world_size, dtype=numpy.int64)
+    stage = config.strategy.zero_stage
+    if stage:  # a flat tensor for each group, with its padding
+        for members in by_group(parameters):
+            total += 2 * 4 * flat_length(members, stage, world_size) + COUNTER_BYTES
+        return total
+    for parameter, share, number in shares(config, parameters, world_size):
+        itemsize = 4 if stage == 0 else parameter.state_dtype.itemsize
+        total += number * (2 * share.elements * itemsize + COUNTER_BYTES)
+    return total
+
+
+def flat_length(members: Sequence[PlannedParameter], stage: int, world_size: int) -> int:
+    """Elements of one rank's flat tensor of a parameter group, with padding."""
+    if stage == 3:
+        return sum(-(-each.tensor.numel() // world_size) for each in members)
+    return math.ceil(sum(each.tensor.numel() for each in members) / (2 * world_size)) * 2

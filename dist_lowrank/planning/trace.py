@@ -1,0 +1,192 @@
+"""What a step holds beside weights, gradients and state: the step itself, on tensors that have shapes but no data.
+
+The model is sharded as a run's, in a process group that pretends (torch's `fake` backend sends nothing), and its
+tensors are fake, so that a step of any rank of any number of ranks runs on a laptop. The tracker that a run uses to
+tell its memory (`dist_lowrank.telemetry.memory_tracker`) tells what the step holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dist_lowrank.config.optimizers import AdamWConfig
+from dist_lowrank.config.schema import RunConfig
+from dist_lowrank.optim.blocks import Blocks
+from dist_lowrank.optim.engine import LowRankOptimizer
+from dist_lowrank.optim.transient import held_bytes, scratch_bytes, whole_columns
+from dist_lowrank.optim.wave import Job
+from dist_lowrank.strategies import apply_strategy, autocast, gradient_sync
+from dist_lowrank.telemetry.causes import OF_STEP
+from dist_lowrank.telemetry.memory import model_tensors, state_tensors
+from dist_lowrank.telemetry.memory_tracker import MemoryTracker, StepMemory
+from dist_lowrank.training.evaluate import next_token_loss
+from dist_lowrank.training.model import blocks, build_model, low_rank_forms, route
+from dist_lowrank.training.optimizers import make_optimizer
+from dist_lowrank.training.traffic_forecast import optimizer_on_flat_tensors, pretended_rank
+
+MOST_PIECES = 8192  # that a rank exchanges with others: beyond, following each takes too long
+CPU = torch.device("cpu")
+Bytes = Mapping[str, int]  # by cause
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Of a model of some blocks, on one rank: bytes by cause at the peaks, without weights and state."""
+
+    blocks: int
+    forward_backward: Mapping[int, Bytes]  # by micro-batch size; with the gradients that are there at that moment
+    update: Bytes | None  # of a step that refreshes; None: not followed
+    update_between: Bytes | None  # of one that does not, if there are such
+    most_update_bytes: int  # that the arithmetic of matrices can need at once, by the workspace setting
+
+
+class _StepsAsNumbers(TorchDispatchMode):
+    """Answers code that reads numbers off tensors, of which fake ones have none: counters of steps, and comparisons."""
+
+    step = 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return False if args[0].dtype == torch.bool else self.step
+        return func(*args, **(kwargs or {}))
+
+
+def trace(config: RunConfig, world_size: int, block_count: int, micro_batch_sizes: Sequence[int]) -> Trace:
+    """Follows rank 0 through forward and backward passes of a model of `block_count` blocks, and through updates.
+
+    Under DeepSpeed the passes are those of the plain model, without what DeepSpeed itself holds.
+    """
+    config = with_blocks(config, block_count)
+    with pretended_rank(0, world_size):
+        model = build_model(config, meta=True)
+        if config.strategy.name in ("fsdp", "hsdp"):
+            forms = low_rank_forms(route(model, config), config)
+            apply_strategy(model, blocks(model), config.strategy, config.precision, forms, CPU)
+        numbers = _StepsAsNumbers()
+        with FakeTensorMode(allow_non_fake_inputs=True), numbers:
+            model.to_empty(device=CPU)
+            passes = {size: _forward_backward(config, model, size, world_size) for size in micro_batch_sizes}
+            optimizer = _make_optimizer(config, model)
+            jobs = _jobs(optimizer)
+            bound = _most_bytes(optimizer, jobs)
+            takes_turns = any(isinstance(recipe, Blocks) for _, recipe in jobs)
+            if takes_turns or sum(map(_pieces, jobs)) > MOST_PIECES:
+                return Trace(block_count, passes, None, None, bound)
+            return Trace(block_count, passes, *_updates(config, model, optimizer, numbers), bound)
+
+
+def with_blocks(config: RunConfig, count: int) -> RunConfig:
+    """The same run of a model of another depth."""
+    fields = {**config.model.config, _depth_key(config): count}
+    return replace(config, model=replace(config.model, config=fields))
+
+
+def depth(config: RunConfig) -> int | None:
+    """Blocks of the model, if they are all alike as far as its configuration tells; None: it cannot be made shorter."""
+    key = _depth_key(config)
+    value = config.model.config.get(key) if config.model.pretrained is None else None
+    return value if isinstance(value, int) else None
+
+
+def _depth_key(config: RunConfig) -> str:
+    return next((key for key in ("num_hidden_layers", "n_layer") if key in config.model.config), "num_hidden_layers")
+
+
+def _forward_backward(config: RunConfig, model: nn.Module, size: int, world_size: int) -> Bytes:
+    """Of all micro-batches of a step, or of two, if there are more."""
+    count = min(2, -(-config.train.global_batch_size // (world_size * size)))
+    tracker = MemoryTracker(model, torch.optim.SGD(model.parameters()), lambda: model_tensors(model), CPU)
+    with tracker:
+        for index in range(count):
+            tokens = torch.zeros(size, config.data.sequence_length, dtype=torch.long, device=CPU)
+            with autocast(config.strategy, config.precision, CPU):
+                loss = next_token_loss(model, tokens)
+            with gradient_sync(model, index == count - 1):
+                loss.backward()  # type: ignore[no-untyped-call]
+            del tokens, loss
+    for parameter in model.parameters():
+        parameter.grad = None
+    return _transients(tracker.told())
+
+
+def _transients(memory: StepMemory) -> dict[str, int]:
+    return {cause: memory.at_peak.get(cause, 0) for cause in ("gradients", *OF_STEP)}
+
+
+def _updates(
+    config: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: _StepsAsNumbers
+) -> tuple[Bytes, Bytes | None]:
+    """The most of any step that refreshes, the first included, which makes dictionaries; and of one that does not."""
+    interval = getattr(config.optimizer, "refresh_interval", 1)
+    at_refresh = [_update(model, optimizer, numbers, step) for step in (1, interval + 1, 2 * interval)]
+    largest = max(at_refresh, key=lambda held: sum(held.values()))
+    return largest, _update(model, optimizer, numbers, 2) if interval > 2 else None
+
+
+def _update(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: _StepsAsNumbers, step: int) -> Bytes:
+    numbers.step = step
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    tracker = MemoryTracker(
+        model, optimizer, lambda: {"gradients": _gradients(parameters), **state_tensors(optimizer)}, CPU
+    )
+    if isinstance(optimizer, LowRankOptimizer):
+        optimizer.bind()
+        optimizer._unchecked = []  # replicas cannot be compared without data
+    with tracker:
+        optimizer.step()
+    held = _transients(tracker.told())
+    return {cause: held[cause] for cause in ("refresh_workspace", "collective_buffers")}
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """On the sharded model, or on flat tensors as DeepSpeed's."""
+    if config.strategy.zero_stage and not isinstance(config.optimizer, AdamWConfig):
+        optimizer: Any = optimizer_on_flat_tensors(config, model, "cpu")
+    else:
+        optimizer = make_optimizer(config, route(model, config))
+    if isinstance(optimizer, LowRankOptimizer):
+        optimizer.verify_every = 0
+    return optimizer
+
+
+def _jobs(optimizer: torch.optim.Optimizer) -> list[Job]:
+    if not isinstance(optimizer, LowRankOptimizer):
+        return []
+    return [
+        job
+        for group, members in zip(optimizer.param_groups, optimizer.bind(), strict=True)
+        for bound in members
+        for job in optimizer.jobs(optimizer.recipe(group), bound)
+    ]
+
+
+def _most_bytes(optimizer: torch.optim.Optimizer, jobs: Sequence[Job]) -> int:
+    """What the arithmetic of matrices needs at most: a wave, and the scratch of one matrix."""
+    if not jobs:
+        return 0
+    assert isinstance(optimizer, LowRankOptimizer)
+    wave = max(optimizer.workspace_bytes, *(held_bytes(*job) for job in jobs))
+    return wave + max(scratch_bytes(*job) for job in jobs)
+
+
+def _pieces(job: Job) -> int:
+    """Into how many a matrix is cut to be exchanged."""
+    matrix, recipe = job
+    delivery = matrix.layout.delivery(recipe.full_rows)
+    travels = (
+        matrix.layout.exchanges or delivery in ("coefficients", "rows") or whole_columns(recipe, matrix.layout.form)
+    )
+    return matrix.layout.group_size if travels else 1
