@@ -14,8 +14,9 @@ from matplotlib.ticker import EngFormatter
 from dist_lowrank.compare.comparison import Comparison
 from dist_lowrank.compare.groups import Group
 from dist_lowrank.compare.quantities import Curve, causes, memory_by_rank, value_at
-from dist_lowrank.compare.runs import Run, is_cause
+from dist_lowrank.compare.runs import Run
 from dist_lowrank.telemetry import tags
+from dist_lowrank.telemetry.causes import is_cause
 
 # Okabe and Ito's colours, which most colour-blind people can tell apart; more runs than colours change the dashes.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dist_lowrank.compare.quantities import Mean, captured_energy, causes, memory_by_rank, ratio
-from dist_lowrank.compare.runs import is_cause, is_state
 from dist_lowrank.compare.traffic import Traffic
+from dist_lowrank.telemetry.causes import is_cause, is_state
 
 if TYPE_CHECKING:
     from dist_lowrank.compare.comparison import Comparison

@@ -6,6 +6,8 @@
             overrides.txt                        what was typed
             provenance.json                      commit, command, machine
             tensorboard/rank_00000/              event files
+            tensorboard/final/                   the line of a finished run in the HParams tab
+            traces/                              profiles and memory snapshots, only if asked for or out of memory
             metrics/rank_00000.jsonl             the same numbers as JSON lines
             export/                              the model in Hugging Face format
             errors/rank_00000.txt                only after a failure
@@ -77,6 +79,19 @@ class RunFolder:
 
     def tensorboard(self, rank: int) -> Path:
         return self.attempt_path / "tensorboard" / f"rank_{rank:05d}"
+
+    @property
+    def tensorboard_final(self) -> Path:
+        return self.attempt_path / "tensorboard" / "final"
+
+    @property
+    def traces(self) -> Path:
+        return self.attempt_path / "traces"
+
+    @property
+    def trace_demand(self) -> Path:
+        """Whoever makes this file asks for a profile of the next steps."""
+        return self.attempt_path / "TRACE"
 
     def metrics(self, rank: int) -> Path:
         return self.attempt_path / "metrics" / f"rank_{rank:05d}.jsonl"

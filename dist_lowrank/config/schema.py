@@ -203,6 +203,19 @@ class TelemetryConfig:
     log_interval: PositiveInt = 1  # steps between entries in TensorBoard and the JSON lines
     console_interval: PositiveInt = 10  # steps between plain lines, when the console is not a terminal
     memory_tracker_steps: tuple[PositiveInt, ...] = ()  # steps (slower) in which all memory is told by cause: [1, 2]
+    # With more ranks, rank 0 alone writes event files, with statistics over ranks; the JSON lines stay each rank's own.
+    max_ranks_shown: PositiveInt = 16
+    heat_map_interval: PositiveInt = 100  # steps between pictures of memory by rank, with more ranks than that
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None  # first and last step that every rank traces
+    memory_history: bool = True  # cuda: remember allocations, for a snapshot when profiling or out of memory
+
+    @model_validator(mode="after")
+    def _profile_has_an_order(self) -> TelemetryConfig:
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(
+                f"profile_steps: {list(self.profile_steps)} is not allowed; allowed: [first, last], such as [10, 12]"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -40,3 +40,18 @@ def memory_at_peak_bytes(cause: str) -> str:
     All causes and `residual` add up to the cause `total`.
     """
     return f"memory_at_peak_bytes/{cause}"
+
+
+def memory_of_rank(rank: int, cause: str) -> str:
+    """Tag of the same bytes again, in event files alone: a chart of all causes of a rank tells ranks by the tag."""
+    return f"memory_of_rank/{rank:05d}/{cause}"
+
+
+def over_ranks(tag: str, statistic: str) -> str:
+    """Tag of the `min`, `median` or `max` over ranks of what `tag` is on each; of `worst_rank`, who has the max."""
+    return f"over_ranks/{tag}/{statistic}"
+
+
+def final(figure: str) -> str:
+    """Tag of a figure of a whole run, which TensorBoard's HParams tab sorts by."""
+    return f"final/{figure}"
