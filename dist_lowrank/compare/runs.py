@@ -16,8 +16,18 @@ _MEMORY = tags.memory_bytes("")
 _ENERGY = tags.captured_energy("")
 # What a rank holds besides the optimizer's state, and figures of the allocator, which are no causes. A cause that is
 # not known here counts as state: an assertion about state then fails rather than holds wrongly.
-_NOT_STATE = ("param", "master_weights", "grad", "activation", "temporar", "input", "collective", "refresh_workspace")
-_NOT_CAUSES = ("allocator", "outside_allocator", "fragmentation", "unexplained")
+_NOT_STATE = (
+    "param",
+    "master_weights",
+    "grad",
+    "activation",
+    "temporar",
+    "input",
+    "gathered",
+    "collective",
+    "refresh_workspace",
+)
+_NOT_CAUSES = ("allocator", "outside_allocator", "fragmentation", "residual")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +158,7 @@ def _rank(lines: Sequence[dict[str, Any]], tokens_per_step: int) -> Rank:
     for line in lines:
         held = {tag.removeprefix(_MEMORY): int(n) for tag, n in line.items() if tag.startswith(_MEMORY)}
         for cause, number in held.items():
-            memory[cause] = max(number, memory.get(cause, 0))
+            memory[cause] = max(number, memory.get(cause, number))
         state_bytes = max(state_bytes, sum(number for cause, number in held.items() if is_state(cause)))
         total_bytes = max(total_bytes, sum(number for cause, number in held.items() if is_cause(cause)))
     timed = _without_warm_up([line for line in lines if line.get(tags.TOKENS_PER_SECOND)])
