@@ -135,7 +135,7 @@ def _rank(lines: Sequence[dict[str, Any]], tokens_per_step: int) -> Rank:
     for line in lines:
         held = {tag.removeprefix(_MEMORY): int(n) for tag, n in line.items() if tag.startswith(_MEMORY)}
         for cause, number in held.items():
-            memory[cause] = max(number, memory.get(cause, 0))
+            memory[cause] = max(number, memory.get(cause, number))
         state_bytes = max(state_bytes, sum(number for cause, number in held.items() if is_state(cause)))
         total_bytes = max(total_bytes, sum(number for cause, number in held.items() if is_cause(cause)))
     timed = _without_warm_up([line for line in lines if line.get(tags.TOKENS_PER_SECOND)])

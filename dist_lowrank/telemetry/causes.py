@@ -23,7 +23,7 @@ OF_ALLOCATOR = ("fragmentation", "outside_allocator")
 # that is logged has to be here. What the allocator held at most is no cause.
 CAUSES = (*OF_MODEL, *OF_OPTIMIZER, *OF_STEP, *OF_ALLOCATOR, RESIDUAL, "allocator_peak")
 _NOT_STATE = {*OF_MODEL, *OF_STEP, *OF_ALLOCATOR, RESIDUAL, "allocator_peak"}
-_NOT_CAUSES = {*OF_ALLOCATOR, "allocator_peak"}
+_NOT_CAUSES = {*OF_ALLOCATOR, RESIDUAL, "allocator_peak"}
 
 
 def is_cause(name: str) -> bool:
