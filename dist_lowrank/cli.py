@@ -80,15 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dist_lowrank.config import ConfigError, create
-    from dist_lowrank.launchers.preparation import check_run
+    from dist_lowrank.config import create
+    from dist_lowrank.launchers.preparation import check_local_run
 
-    config = check_run(options.overrides)
-    if config.launcher.name != "local":
-        raise ConfigError(
-            f"launcher: {config.launcher.name} is not allowed to train on this machine; allowed: local "
-            "(or `dist-lowrank launch` with the same overrides)"
-        )
+    config = check_local_run(options.overrides)
     return start(config, create(config, options.overrides))
 
 

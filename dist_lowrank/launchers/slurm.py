@@ -6,7 +6,7 @@ import shlex
 from string import Template
 
 from dist_lowrank.config.launchers import SlurmLauncher
-from dist_lowrank.launchers.job import Job, joined, loopback_rendezvous, node_script, rendezvous_options
+from dist_lowrank.launchers.job import ONE_NODE, Job, joined, node_script, rendezvous_options
 
 _BATCH = Template("""\
 #!/usr/bin/env bash
@@ -121,7 +121,7 @@ def _quoted(path: str) -> str:
 def _rendezvous(job: Job[SlurmLauncher]) -> list[str]:
     launcher = job.launcher
     if launcher.nodes == 1:
-        return loopback_rendezvous(job)
+        return ONE_NODE
     return rendezvous_options(
         job,
         backend=launcher.rendezvous,

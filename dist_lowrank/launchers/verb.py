@@ -16,6 +16,8 @@ launchers (docs/launching.md; `dist-lowrank check launcher=NAME` prints every ke
   launcher=local         this machine, as `dist-lowrank train`
   launcher=torchrun      several hosts: 'launcher.hosts=[node0,node1]'
   launcher=slurm         sbatch, one torchrun per node; launcher=slurm_pyxis: in a container
+  launcher=kubernetes    a TrainJob of Kubeflow; launcher.kind=job: an Indexed Job
+  launcher=deepspeed     a hostfile and DeepSpeed's launcher
   launcher=docker        one container; launcher=compose: several as nodes, for trying out
 
 exit codes: those of `train` where the command waits for the run (local, torchrun, docker, compose); else those of the
@@ -81,8 +83,23 @@ def _check_startable(config: RunConfig, render_only: bool) -> None:
         if render_only:
             raise ConfigError("--render-only: is not allowed with launcher=local; allowed: launchers that write files")
         return
+    if config.launcher.name == "kubernetes":
+        _check_paths_in_pods(config)
     missing = [name for name in config.launcher.secret_environment if not os.environ.get(name)]
     if missing and not render_only:
         raise ConfigError(
             f"launcher.secret_environment: {', '.join(missing)} is not set here; allowed: variables that are set"
         )
+
+
+def _check_paths_in_pods(config: RunConfig) -> None:
+    from dist_lowrank.config import ConfigError
+    from dist_lowrank.launchers.containers import RUNS, paths_of
+    from dist_lowrank.launchers.kubernetes import DATA
+
+    for path, _ in paths_of(config):
+        if not path.startswith((f"{DATA}/", f"{RUNS}/")) and path not in (DATA, RUNS):
+            raise ConfigError(
+                f"{path}: is not allowed with launcher=kubernetes, pods do not have it; allowed: paths below {DATA} "
+                f"(launcher.data_claim) and {RUNS} (launcher.claim)"
+            )
