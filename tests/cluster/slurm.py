@@ -59,7 +59,6 @@ PropagateResourceLimits=NONE
 # Tests do not wait: a lost node is noticed after 15 seconds, and a node that comes back is taken again.
 ReturnToService=2
 SlurmdTimeout=15
-KillWait={kill_wait_seconds}
 NodeName={nodes} CPUs={cpus} RealMemory=4000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -129,17 +128,17 @@ class Slurm:
 
 
 @contextlib.contextmanager
-def slurm_cluster(nodes: Sequence[str], *, cpus: int = 2, kill_wait_seconds: int = 5) -> Iterator[Slurm]:
+def slurm_cluster(nodes: Sequence[str], *, cpus: int = 2, latency_milliseconds: float = 0) -> Iterator[Slurm]:
     """Starts a cluster whose nodes are idle, and ends it.
 
     Args:
         nodes: names of the hosts that run jobs.
         cpus: that each node claims to have, whatever the machine has.
-        kill_wait_seconds: between the SIGTERM at a job's time limit and SIGKILL.
+        latency_milliseconds: of the network, one way.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lowrank-slurm-")))
-        hosts = stack.enter_context(virtual.virtual_hosts([CONTROLLER, *nodes]))
+        hosts = stack.enter_context(virtual.virtual_hosts([CONTROLLER, *nodes], latency_milliseconds=latency_milliseconds))
         (folder / "state").mkdir()
         for name in nodes:
             (folder / f"spool.{name}").mkdir()
@@ -149,16 +148,21 @@ def slurm_cluster(nodes: Sequence[str], *, cpus: int = 2, kill_wait_seconds: int
                 folder=folder,
                 nodes=",".join(nodes),
                 cpus=cpus,
-                kill_wait_seconds=kill_wait_seconds,
             )
         )
         slurm = Slurm(hosts, folder)
         _start_munge(folder, stack)
-        subprocess.run(hosts.command(CONTROLLER, ["slurmctld"]), env=slurm.environment, check=True)
-        for name in nodes:
-            slurm.start_node(name)
-        slurm.wait_for_nodes()
-        yield slurm
+        try:
+            subprocess.run(hosts.command(CONTROLLER, ["slurmctld"]), env=slurm.environment, check=True)
+            for name in nodes:
+                slurm.start_node(name)
+            slurm.wait_for_nodes()
+            yield slurm
+            slurm.run("scontrol", "shutdown")
+        except BaseException:
+            for log in sorted(folder.glob("*.log")):
+                print(f"{log.name}:\n{log.read_text()}")
+            raise
 
 
 def _start_munge(folder: Path, stack: contextlib.ExitStack) -> None:
