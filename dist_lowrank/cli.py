@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dist_lowrank.compare.verb import add_compare
+from dist_lowrank.doctor.verb import add_doctor
 from dist_lowrank.exit_codes import ExitCode
 from dist_lowrank.launchers.verb import add_launch, start
 from dist_lowrank.sweep.verb import add_sweep
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_compare(verbs)
     add_sweep(verbs)
     add_launch(verbs)
+    add_doctor(verbs)
     options = parser.parse_args(arguments)
     try:
         from dist_lowrank.config import ConfigError
