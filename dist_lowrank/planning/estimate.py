@@ -1,7 +1,7 @@
 """The trace of a step, carried over to all blocks of the model and to other micro-batches.
 
-What a step holds is linear in the number of blocks, which are alike, and in the micro-batch. So models of two and of
-three blocks are traced, with one micro-batch and with a double one, unless the whole model has hardly more.
+What a step holds is linear in the number of blocks, which are alike, and in the micro-batch. So models of three and
+of four blocks are traced, with one micro-batch and with a double one, unless the whole model has hardly more.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dist_lowrank.config.schema import RunConfig
 from dist_lowrank.planning.trace import Trace, depth, trace
 from dist_lowrank.training.traffic_forecast import TrafficRow
 
-WHOLE_BLOCKS = 4  # a model of no more is traced as it is
-TRACED_BLOCKS = (2, 3)
+WHOLE_BLOCKS = 5  # a model of no more is traced as it is
+TRACED_BLOCKS = (3, 4)  # from the third on, blocks wait for the same neighbours
 
 
 @dataclass(frozen=True, slots=True)

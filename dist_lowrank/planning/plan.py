@@ -88,7 +88,7 @@ class Planner:
             passes = _sum(self.buffers, self.estimate.passes(size))
             update = _sum(self.buffers, {cause: round(held) for cause, held in self.estimate.update.items()})
         gradients = self.weights["gradients"]
-        within = passes.pop("gradients", 0)
+        within = passes.pop("gradients", 0) if not config.strategy.zero_stage else int(gradients.max())
         return Plan(
             self.world_size,
             {**self.weights, **state},
