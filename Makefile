@@ -8,7 +8,7 @@ TORCH := 2.13.0
 # Where pip finds the CPU build of torch if the user's own pip settings do not offer one.
 TORCH_PIP_ARGS ?= --index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: setup train test test-all test-newest test-torchao support-matrix fault-matrix optimizer-table lint format wheel clean
+.PHONY: setup train test test-all test-newest test-torchao test-containers support-matrix fault-matrix optimizer-table lint format wheel clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.installed
@@ -48,6 +48,10 @@ test-torchao: setup
 	$(BIN)/pip install --quiet --no-deps --target build/torchao torchao==0.18.0
 	PYTHONPATH=build/torchao $(BIN)/python -m pytest -m slow tests/test_factored_packages.py
 
+# Builds the Dockerfile and trains in its containers: as root on Debian, without a Docker engine.
+test-containers: setup
+	$(BIN)/python -m pytest tests/test_container.py $(ARGS)
+
 # Runs the tests that say what runs exactly where, and writes their table into the README.
 support-matrix: setup
 	$(BIN)/python -m pytest --support-matrix $(ARGS)
@@ -64,6 +68,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck .ci/run docker/*.sh
+	$(BIN)/yamllint --strict .
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 
 format: setup
 	$(BIN)/ruff format .

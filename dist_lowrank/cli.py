@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 
 from dist_lowrank.compare.verb import add_compare
 from dist_lowrank.exit_codes import ExitCode
+from dist_lowrank.launchers.verb import add_launch, start
 from dist_lowrank.sweep.verb import add_sweep
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from dist_lowrank.config import RunConfig, RunFolder
     from dist_lowrank.training.parameter_table import ParameterRow
     from dist_lowrank.training.traffic_forecast import TrafficRow
 
 _OVERRIDES = """\
 overrides (Hydra's grammar; `dist-lowrank check` prints every key):
   optimizer=trion                          an option of a group: model, data, optimizer, strategy, precision,
-                                           schedule, experiment
+                                           schedule, launcher, experiment
   optimizer.rank=0.5 train.steps=500       a value
   data=text 'data.path="my books/*.txt"'   your own text; quotes keep spaces together
   resume=none                              a fresh run; or a checkpoint, or a run to start from (docs/checkpoints.md)
@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subparser.set_defaults(action=action)
     add_compare(verbs)
     add_sweep(verbs)
+    add_launch(verbs)
     options = parser.parse_args(arguments)
     try:
         from dist_lowrank.config import ConfigError
@@ -79,23 +80,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dist_lowrank.launchers.preparation import prepare_run
+    from dist_lowrank.config import ConfigError, create
+    from dist_lowrank.launchers.preparation import check_run
 
-    return _launch(*prepare_run(options.overrides))
+    config = check_run(options.overrides)
+    if config.launcher.name != "local":
+        raise ConfigError(
+            f"launcher: {config.launcher.name} is not allowed to train on this machine; allowed: local "
+            "(or `dist-lowrank launch` with the same overrides)"
+        )
+    return start(config, create(config, options.overrides))
 
 
 def _resume(options: argparse.Namespace) -> int:
     from dist_lowrank.launchers.preparation import prepare_resume
 
-    return _launch(*prepare_resume(options.run, options.overrides))
-
-
-def _launch(config: RunConfig, folder: RunFolder) -> int:
-    print(folder.announcement, flush=True)
-
-    from dist_lowrank.launchers.local import launch
-
-    return launch(config, folder)
+    return start(*prepare_resume(options.run, options.overrides))
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -105,9 +105,9 @@ def _check(options: argparse.Namespace) -> int:
 
     config = compose(options.overrides)
 
-    from dist_lowrank.launchers.preparation import check_world, resolve_processes
+    from dist_lowrank.launchers.preparation import check_world, planned_processes
 
-    device, processes = resolve_processes(config)
+    device, processes = planned_processes(config)
     check_world(config, processes)
 
     from dist_lowrank.training.parameter_table import parameter_table

@@ -1,7 +1,9 @@
 """One rank of a run: joins the process group, trains, leaves without a trace.
 
-`python -m dist_lowrank.worker RUNS/RUN/attempt-N` is what `launchers.local` starts; `main_torchrun` is for ranks that
-the user's own torchrun started. Ranks never compose a configuration twice: they read run.json, or rank 0's broadcast.
+`python -m dist_lowrank.worker RUNS/RUN/attempt-N` is what `launchers.local` starts. With the run's folder,
+`... dist_lowrank.worker RUNS/RUN`, it is a rank of a job on any number of nodes, which may be started again and again:
+rank 0 decides on the attempt. `main_torchrun` is for ranks of the user's own torchrun that compose the configuration.
+Ranks never compose a configuration twice: they read run.json, or rank 0's broadcast.
 """
 
 from __future__ import annotations
@@ -10,14 +12,17 @@ import contextlib
 import ctypes
 import json
 import os
+import platform
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dist_lowrank.config import ConfigError, RunConfig, RunFolder, begin_again, from_dict, open_run, to_dict
+from dist_lowrank.config import ConfigError, RunConfig, RunFolder, begin_again, claim, from_dict, open_run, to_dict
 from dist_lowrank.exit_codes import RESTARTED, ExitCode, Hang, RunFailure
 from dist_lowrank.rank_identity import compare_ranks, identity
 
@@ -31,17 +36,30 @@ _ATTEMPT = "dist_lowrank/attempt"  # the folder of the last attempt
 
 
 def main() -> NoReturn:
-    """Entry of a rank that `launchers.local` started, with the attempt's folder as only argument."""
+    """Entry of a rank whose run has a folder: the only argument, or the folder of one of its attempts."""
     end_with_parent()
     _exit_quietly_on_signals()
-    folder = open_run(sys.argv[1])
-    _work(folder.config(), folder, _store(), speaks=False)
+    path = Path(sys.argv[1])
+    if path.name.startswith("attempt-"):
+        folder = open_run(path)
+        _work(folder.config(), folder, _store(), speaks=False)
+    _work_on_agreement(lambda world_size, _: _claim(path, world_size))
 
 
 def main_torchrun(overrides: Sequence[str]) -> NoReturn:
     """Entry of a rank under the user's torchrun: rank 0 composes and checks for all, and broadcasts the outcome."""
     end_with_parent()
     _exit_quietly_on_signals()
+    _work_on_agreement(lambda world_size, before: _prepare(overrides, world_size, before), overrides)
+
+
+def _work_on_agreement(prepare: Callable[[int, str | None], dict[str, Any]], overrides: Sequence[str] = ()) -> NoReturn:
+    """Works on the attempt that rank 0 prepares for all ranks, which get its configuration from it too.
+
+    Args:
+        prepare: takes the number of ranks and, after a restart by torchrun, the folder of the attempt before.
+        overrides: as `identity` takes them.
+    """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = _store()
     of_all_restarts = store.underlying_store
@@ -49,23 +67,23 @@ def main_torchrun(overrides: Sequence[str]) -> NoReturn:
         leave(int(of_all_restarts.get(_ENDED)))
     if rank == 0:
         before = of_all_restarts.get(_ATTEMPT).decode() if of_all_restarts.check([_ATTEMPT]) else None
-        prepared = _prepare(overrides, world_size, before)
+        prepared = prepare(world_size, before)
         if "attempt" in prepared:
             of_all_restarts.set(_ATTEMPT, prepared["attempt"])
         store.set("prepared", json.dumps(prepared))
     else:
         prepared = json.loads(store.get("prepared"))
-    if "error" in prepared:
+    if "message" in prepared:
         if rank == 0:
-            print(prepared["error"], file=sys.stderr)
+            print(prepared["message"], file=sys.stderr)
             store.wait([f"told/{other}" for other in range(1, world_size)])  # this rank may be the host of the store
         else:
             store.set(f"told/{rank}", "")
         _end(ExitCode(prepared["exit_code"]), store, together=False)
-    folder = open_run(prepared["attempt"])
+    config, folder = from_dict(prepared["config"]), RunFolder.of_attempt(prepared["attempt"])
     if rank == 0:
         print(folder.announcement, flush=True)
-    _work(from_dict(prepared["config"]), folder, store, speaks=True, overrides=overrides)
+    _work(config, folder, store, speaks=True, overrides=overrides)
 
 
 def leave(exit_code: int) -> NoReturn:
@@ -77,23 +95,42 @@ def leave(exit_code: int) -> NoReturn:
 
 def _prepare(overrides: Sequence[str], world_size: int, before: str | None) -> dict[str, Any]:
     """The configuration and folder of an attempt: the next one of the same run, after a restart of the ranks."""
-    try:
-        from dist_lowrank.launchers.preparation import check_world, prepare_run
+    from dist_lowrank.launchers.preparation import check_world, prepare_run
 
+    def prepared() -> RunFolder:
         if before is None:
-            config, folder = prepare_run(overrides, world_size)
-        else:
-            folder = begin_again(open_run(before))
-            config = folder.config()
-            check_world(config, world_size)
+            return prepare_run(overrides, world_size)[1]
+        folder = begin_again(open_run(before))
+        check_world(folder.config(), world_size)
+        return folder
+
+    return _told(prepared)
+
+
+def _claim(run: Path, world_size: int) -> dict[str, Any]:
+    """The configuration and folder of the attempt that these ranks work on: of a run that has been prepared."""
+    from dist_lowrank.launchers.preparation import check_world
+
+    if open_run(run).is_finished:
+        return {"message": f"{run} is finished", "exit_code": ExitCode.FINISHED}
+
+    def claimed() -> RunFolder:
+        check_world(open_run(run).config(), world_size)
+        return claim(run)
+
+    return _told(claimed)
+
+
+def _told(prepare: Callable[[], RunFolder]) -> dict[str, Any]:
+    """What rank 0 tells the others: the attempt, or how all of them have to end."""
+    try:
+        folder = prepare()
+        return {"config": to_dict(folder.config()), "attempt": str(folder.attempt_path)}
     except ConfigError as error:
-        return {
-            "error": "\n".join(f"error: {line}" for line in str(error).splitlines()),
-            "exit_code": ExitCode.CONFIGURATION,
-        }
+        message = "\n".join(f"error: {line}" for line in str(error).splitlines())
+        return {"message": message, "exit_code": ExitCode.CONFIGURATION}
     except Exception:
-        return {"error": traceback.format_exc(), "exit_code": ExitCode.FAILED}
-    return {"config": to_dict(config), "attempt": str(folder.attempt_path)}
+        return {"message": traceback.format_exc(), "exit_code": ExitCode.FAILED}
 
 
 def _work(
@@ -121,6 +158,7 @@ def _work(
         _end(code, store, together=False)
 
     try:
+        _wait_for_folder(folder)
         compare_ranks(store, rank, world_size, identity(config, overrides), config.launcher.timeout_seconds)
         device = _join(config, store)
         from dist_lowrank.training.run import train
@@ -136,6 +174,23 @@ def _work(
     except Exception as error:
         end_by(error)
     _end(code, store, together=True)
+
+
+def _wait_for_folder(folder: RunFolder, seconds: float = 60) -> None:
+    """Until this node sees what rank 0 has written: network file systems may take a while.
+
+    Raises:
+        ConfigError: it does not come; then the nodes do not share a file system.
+    """
+    deadline = time.monotonic() + seconds
+    while not folder.attempt_path.is_dir():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{folder.attempt_path}: does not exist on {platform.node()}; allowed: a folder that all nodes see "
+                "(`runs` on a shared file system)"
+            )
+        os.listdir(folder.path.parent if folder.path.parent.is_dir() else ".")  # makes NFS ask the server again
+        time.sleep(0.1)
 
 
 def _exit_code(error: Exception) -> ExitCode:

@@ -50,6 +50,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
         {"lr": 0.01, "rank": 0.5, "error_feedback": "bf16", "moment_dtype": torch.bfloat16},
     ),
     "dct_adamw_unsharded": (DCTAdamW, {"lr": 0.01, "rank": 0.5, "side": "unsharded"}),
+    "dct_adamw_previous": (DCTAdamW, {"lr": 0.01, "rank": 0.5, "selection": "previous"}),
     "trion": (Trion, {"lr": 0.01, "rank": 0.5}),
 }
 

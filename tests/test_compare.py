@@ -49,7 +49,11 @@ def test_two_stored_runs_give_the_stored_files(stored: Path) -> None:
     """After a wanted change: `UPDATE_GOLDEN=1 pytest tests/test_compare.py`, and read the difference."""
     assert main(["compare", "adamw", "dct_adamw", "--out", "first", "--assert", "loss.train <= 1.1 * baseline"]) == 0
     files = {path.name: path for path in (stored / "first").iterdir()}
-    drawn = {f"{name}.{suffix}" for name in ("loss", "memory", "captured_energy") for suffix in ("svg", "png")}
+    drawn = {
+        f"{name}.{suffix}"
+        for name in ("loss", "memory", "memory_heat_map", "captured_energy")
+        for suffix in ("svg", "png")
+    }
     assert files.keys() == drawn | {"compare.md", "compare.csv", "compare.json", "compare.html"}
     texts = {name: files[name].read_text() for name in files if name.startswith("compare")}
     page = texts["compare.html"]
@@ -61,7 +65,7 @@ def test_two_stored_runs_give_the_stored_files(stored: Path) -> None:
             (GOLDEN / name).write_text(text)
         assert text == (GOLDEN / name).read_text(), name
 
-    assert len(drawings) == 3
+    assert len(drawings) == 4
     for drawing in drawings:
         ElementTree.fromstring(drawing.replace("xlink:href", "href"))
     assert not re.search(r"<script|<link|<img|src=|@import|url\((?!#)", page), "the page needs nothing else"
@@ -80,7 +84,7 @@ def test_an_assertion_that_does_not_hold_ends_with_code_3_and_says_why(
     assert main([*command, "state_bytes.max <= 0.35 * baseline", "--assert", "loss.validation < 6"]) == 3
     assert capsys.readouterr().err == (
         "error: does not hold for llama_tiny-dct_adamw: state_bytes.max <= 0.35 * baseline "
-        "(state_bytes.max = 34830, baseline.state_bytes.max = 43716)\n"
+        "(state_bytes.max = 34,830, baseline.state_bytes.max = 43,716)\n"
     )
 
 
@@ -120,10 +124,13 @@ def test_assertions_mean_what_they_say(text: str, holds: bool) -> None:
         ("(" * 500, "is no expression"),
         ("baseline < 3", "baseline has no meaning where a comparison names several quantities or none; allowed: "),
         ("state_bytes.max - state_bytes.min < baseline", "several quantities or none; allowed: baseline.QUANTITY"),
-        ("state_byte.max < 1", "no quantity is called state_byte.max; did you mean state_bytes.max? allowed: state_"),
+        (
+            "state_byte.max < 1",
+            "state_byte.max; did you mean state_bytes.max or state_bytes.min? allowed: one of the 4",
+        ),
         ("state_bytes < 1", "no quantity is called state_bytes; did you mean state_bytes.max or state_bytes.min? "),
         ("baseline.los < 1", "no quantity is called los; "),
-        ("captured_energy > 0.3", "run has no captured_energy; allowed: state_bytes.max, "),
+        ("captured_energy > 0.3", "run has no captured_energy (`-` in the tables); allowed: one of the 3 quantities "),
         ("loss.validation < 1 / 0", "divides by 0, which is 0"),
     ],
 )
@@ -176,7 +183,7 @@ def test_other_refusals_name_what_is_allowed(stored: Path, capsys: pytest.Captur
 
     assert refused("nowhere").startswith("error: nowhere: no run is there; allowed: a folder of a run")
     assert refused("adamw", "--allow", "dta") == (
-        "error: --allow: dta is not allowed; did you mean data? allowed: data, seed, model\n"
+        "error: --allow: dta is not allowed; did you mean data? allowed: data, seed, model, evaluation\n"
     )
     assert refused("adamw", "--out", "adamw/FINISHED").startswith("error: --out adamw/FINISHED: cannot be written (")
     metrics = stored / "adamw" / "attempt-1" / "metrics"
@@ -223,14 +230,62 @@ def test_attempts_of_one_run_make_one_curve(stored: Path) -> None:
     assert read_run("adamw/attempt-1").entries == read_run("adamw").entries[:10], "attempt-3 began anew"
 
 
-def test_a_validation_loss_between_two_evaluations_is_on_their_line(stored: Path) -> None:
+def test_losses_are_compared_where_all_were_evaluated_or_else_marked_as_interpolated(
+    stored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     change(stored / "dct_adamw", train={"global_batch_size": 4})  # whose evaluations then lie at 256, 512, 768 tokens
     change(stored / "adamw", train={"global_batch_size": 6})  # at 384, 768, 1152
-    rows = compare(["adamw", "dct_adamw"], with_traffic=False).loss
     losses = [value for *_, value in read_run("dct_adamw").curve("loss/validation")]
-    assert [row.tokens for row in rows] == [384, 768]
-    assert rows[0].validation[1].mean == pytest.approx((losses[1] + losses[2]) / 2, rel=1e-12)
-    assert rows[1].validation[1].mean == losses[3]
+    common = compare(["adamw", "dct_adamw"], with_traffic=False)
+    assert [row.tokens for row in common.loss] == [768]
+    assert common.loss[0].validation[1].mean == losses[3]
+    assert not common.notes
+
+    change(stored / "adamw", train={"global_batch_size": 5})  # at 320, 640, 960
+    found = compare(["adamw", "dct_adamw"], with_traffic=False)
+    assert [row.tokens for row in found.loss] == [320, 640]
+    value = found.loss[1].validation[1]
+    assert value.mean == pytest.approx((losses[2] + losses[3]) / 2, rel=1e-12)
+    assert [each.interpolated for each in found.loss[1].validation] == [False, True]
+    (note,) = found.notes
+    assert note.startswith("Not evaluated at the same numbers of tokens: validation losses of llama_tiny-dct_adamw ")
+    assert main(["compare", "adamw", "dct_adamw", "--no-traffic", "--assert", "loss.validation < 5"]) == 3
+    printed = capsys.readouterr()
+    assert re.search(rf"~{value.mean:.4f} +~[+-]", printed.out), "in the summary, and the difference too"
+    assert f"(loss.validation = ~{value.mean:.10g})" in printed.err
+
+
+def test_runs_that_measured_in_another_way_are_refused_or_noted(
+    stored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(stored / "dct_adamw", train={"eval_sequences": 5})
+    assert main(["compare", "adamw", "dct_adamw", "--no-traffic"]) == 2
+    assert capsys.readouterr().err == (
+        "error: train.eval_sequences: 10 in llama_tiny-adamw, 5 in llama_tiny-dct_adamw; allowed: equal ones, "
+        "or --allow evaluation\n"
+    )
+    found = compare(["adamw", "dct_adamw"], allow=["evaluation"], with_traffic=False)
+    assert found.notes[0].startswith("Not the same for all: train.eval_sequences: 10 in llama_tiny-adamw, 5 in ")
+
+    for run in ("adamw", "dct_adamw"):
+        change(stored / run, train={"eval_sequences": 10, "eval_legacy_counter": True})
+    assert not compare(["adamw", "dct_adamw"], with_traffic=False).notes
+    metrics = stored / "dct_adamw" / "attempt-1" / "metrics"
+    for rank in (2, 3):  # which logged a cause that the other run did not
+        text = (metrics / "rank_00001.jsonl").read_text()
+        causes = '"memory_bytes/activations": 100, "memory_bytes/residual": -7, "memory_bytes/gradients"'
+        (metrics / f"rank_{rank:05d}.jsonl").write_text(text.replace('"memory_bytes/gradients"', causes))
+    with pytest.raises(ConfigError, match=r"^ranks: 2 in llama_tiny-adamw, 4 in llama_tiny-dct_adamw; allowed: "):
+        compare(["adamw", "dct_adamw"], with_traffic=False)
+    for run in ("adamw", "dct_adamw"):
+        change(stored / run, train={"eval_legacy_counter": False})
+    assert main(["compare", "adamw", "dct_adamw", "--no-traffic", "--out", "out"]) == 0
+    printed = capsys.readouterr().out
+    assert "- Not the same number of ranks for all (2, 4): bytes per rank, times and bytes sent are not like" in printed
+    assert "- Not logged by all: memory of activations; sums over all causes are not like for like." in printed
+    rows = [line.split() for line in printed.splitlines() if line.startswith("llama_tiny-dct_adamw ")]
+    assert ["activations", "0", "50", "100", "2", "200"] in [row[1:] for row in rows]
+    assert ["residual", "not", "a", "cause"] in [row[1:5] for row in rows]
 
 
 def test_many_ranks_and_hostile_text_are_written_whole(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,15 +296,18 @@ def test_many_ranks_and_hostile_text_are_written_whole(stored: Path, capsys: pyt
             text = metrics.joinpath("rank_00001.jsonl").read_text()
             more = re.sub(r'(memory_bytes/gradients": )21816', rf"\g<1>{21816 + (7 * rank) % 19}", text)
             metrics.joinpath(f"rank_{rank:05d}.jsonl").write_text(more)
-    change(stored / "dct_adamw", data={"path": "another"})
+    change(stored / "dct_adamw", data={"path": "another\x1b[31m"})
     assert main(["compare", "dct_adamw", "adamw", "--out", "out", "--allow", "data", "--no-traffic"]) == 0
     page = (stored / "out" / "compare.html").read_text()
     assert "<script" not in page
     assert "&lt;script&gt;$x|y&lt;/script&gt;" in page
     printed = capsys.readouterr().out
     assert "another" in printed
-    assert r"\<script>$x\|y\</script>" in printed
-    row = next(line for line in printed.splitlines() if line.startswith("| llama_tiny-adamw") and "gradients" in line)
+    assert "<script>$x|y</script>" in printed, "in a terminal as it is"
+    assert "\x1b" not in printed
+    markdown = (stored / "out" / "compare.md").read_text()
+    assert r"\<script>$x\|y\</script>" in markdown
+    row = next(line for line in markdown.splitlines() if line.startswith("| llama_tiny-adamw") and "gradients" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     held = [21816, 21816, *(21816 + (7 * rank) % 19 for rank in range(2, 20))]
     assert cells[3:] == [

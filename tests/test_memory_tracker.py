@@ -66,7 +66,17 @@ def test_x(text: str, tmp_path: Path, strategy: str, optimizer: str) -> None:
     for found in run_on_ranks(2, _run, folder, (1, 2), timeout_seconds=100):
         for step, (allocated, said) in found.items():
             total = said[AT_PEAK + "total"]
-            print(strategy, optimizer, step, allocated, total, f"{total / allocated - 1:.3%}", "residual", said[AT_PEAK + "residual"], f"{said[AT_PEAK + 'residual'] / total:.3%}")
+            print(
+                strategy,
+                optimizer,
+                step,
+                allocated,
+                total,
+                f"{total / allocated - 1:.3%}",
+                "residual",
+                said[AT_PEAK + "residual"],
+                f"{said[AT_PEAK + 'residual'] / total:.3%}",
+            )
             print("   peak", {k.removeprefix(AT_PEAK): v for k, v in said.items() if k.startswith(AT_PEAK) and v})
             print("   most", {k.removeprefix(OF_STEP): v for k, v in said.items() if k.startswith(OF_STEP) and v})
         break

@@ -111,7 +111,14 @@ SHARDINGS = [
 
 
 @supports("exact")
-@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if not name.endswith("unsharded")])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "dct_adamw_previous" else ())
+        for name in OPTIMIZERS
+        if not name.endswith("unsharded")
+    ],
+)
 @pytest.mark.parametrize(
     ("strategy", "world_size", "dtype"),
     [(*sharding, torch.float64) for sharding in SHARDINGS]

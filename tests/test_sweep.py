@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,7 +162,8 @@ def test_a_point_that_dies_is_reported_and_the_others_go_on(
     assert sweep(overrides, start=kill_the_second) == 0, "the same command tries it again, and it alone"
     printed = capfd.readouterr()
     assert "2 of 3 points were finished before" in printed.out
-    assert printed.out.count("prints to") == 1
+    assert re.findall(r"^point .* starts$", printed.out, re.MULTILINE) == ["point 2/3 seed=1 starts"]
+    assert all(len(line) < 120 for line in printed.out.split("Summary")[0].splitlines()[1:]), "no long paths"
 
 
 def test_a_second_process_does_not_run_the_same_sweep(

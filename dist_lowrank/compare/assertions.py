@@ -8,12 +8,12 @@ one quantity that the same comparison names.
 from __future__ import annotations
 
 import ast
+import difflib
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from dist_lowrank.config import ConfigError
-from dist_lowrank.config.errors import suggestion
 
 _ALLOWED = "numbers, quantities, baseline, + - * /, abs(), <= < >= > == !=, and, or, not, parentheses"
 _ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
@@ -48,6 +48,13 @@ class Outcome:
     label: str
     holds: bool
     numbers: Mapping[str, float]  # by name, `baseline.` in front for those of the first group
+    interpolated: Collection[str] = ()  # those of the numbers that lie between two measurements
+
+    @property
+    def shown(self) -> str:
+        """The numbers for a reader, `~` before those that are interpolated."""
+        marks = {name: "~" if name in self.interpolated else "" for name in self.numbers}
+        return ", ".join(f"{name} = {marks[name]}{value:,.10g}" for name, value in self.numbers.items())
 
 
 def parse(text: str) -> Assertion:
@@ -126,16 +133,21 @@ class _Evaluation:
         quantity = name.removeprefix("baseline.")
         known = self.baseline if of_baseline else self.values
         if quantity not in known:
-            parts = [each for each in known if each.startswith(f"{quantity}.")]
-            hint = f"did you mean {' or '.join(parts)}? " if parts else suggestion(quantity, known)
+            near = _nearest(quantity, known)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise ConfigError(
-                f"--assert {self.text}: no quantity is called {quantity}; {hint}allowed: {', '.join(known)}"
+                f"--assert {self.text}: no quantity is called {quantity}; {hint}allowed: one of the {len(known)} "
+                "quantities that `dist-lowrank compare --help` explains and the report's compare.csv lists"
             )
         value = known[quantity]
         if value is None:
             have = [each for each, number in known.items() if number is not None]
+            near = _nearest(quantity, have) or have[:3]
             who = "the baseline" if of_baseline else self.label
-            raise ConfigError(f"--assert {self.text}: {who} has no {quantity}; allowed: {', '.join(have)}")
+            raise ConfigError(
+                f"--assert {self.text}: {who} has no {quantity} (`-` in the tables); allowed: one of the {len(have)} "
+                f"quantities that it has, such as {', '.join(near)}"
+            )
         self.numbers[name] = value
         return value
 
@@ -198,6 +210,12 @@ def _names(node: ast.expr) -> Iterator[str]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.expr):
                 yield from _names(child)
+
+
+def _nearest(given: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """Names that begin as the given one does, or else look like it."""
+    names = list(known)
+    return [n for n in names if n.startswith(given)][:most] or difflib.get_close_matches(given, names, most)
 
 
 def _refused(text: str, reason: str, allowed: str = _ALLOWED) -> ConfigError:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_lowrank.compare.assertions import Assertion, Outcome, evaluate
 from dist_lowrank.compare.groups import Group, check_comparable, differing_settings, group_runs
-from dist_lowrank.compare.quantities import LossRow, Mean, loss_rows, quantities
-from dist_lowrank.compare.runs import read_run
+from dist_lowrank.compare.quantities import LossRow, Mean, Quantities, causes, loss_rows, quantities
+from dist_lowrank.compare.runs import is_cause, is_state, read_run
 from dist_lowrank.compare.traffic import Traffic, forecast
 from dist_lowrank.config import ConfigError
 
@@ -56,8 +56,8 @@ def compare(
         raise ConfigError("compare: no run was given; allowed: one or more folders of runs")
     groups = group_runs([read_run(path) for path in paths])
     notes = [*notes, *(f"Not the same for all: {text}." for text in check_comparable(groups, allow))]
-    notes += [*_unfinished(groups), *_different_places(groups)]
     loss = loss_rows(groups)
+    notes += [*_unfinished(groups), *_interpolated(groups, loss), *_different_ranks(groups), *_different_places(groups)]
     traffic = [forecast(group.first) if with_traffic else "" for group in groups]
     numbers = [
         quantities(group, loss[-1], index, sent if isinstance(sent, Traffic) else None)
@@ -65,11 +65,30 @@ def compare(
     ]
     means = [{name: value.mean if value else None for name, value in each.items()} for each in numbers]
     outcomes = [
-        evaluate(assertion, groups[index].label, means[index], means[0])
+        _marked(evaluate(assertion, groups[index].label, means[index], means[0]), numbers[index], numbers[0])
         for assertion in assertions
         for index in (range(1, len(groups)) if len(groups) > 1 else [0])
     ]
     return Comparison(groups, notes, differing_settings(groups), loss, numbers, traffic, outcomes)
+
+
+def _marked(outcome: Outcome, values: Quantities, baseline: Quantities) -> Outcome:
+    by_name = dict(values) | {f"baseline.{name}": value for name, value in baseline.items()}
+    return replace(outcome, interpolated=[n for n in outcome.numbers if (value := by_name[n]) and value.interpolated])
+
+
+def _interpolated(groups: Sequence[Group], rows: Sequence[LossRow]) -> list[str]:
+    labels = [
+        group.label
+        for index, group in enumerate(groups)
+        if any((value := row.validation[index]) and value.interpolated for row in rows)
+    ]
+    if not labels:
+        return []
+    return [
+        f"Not evaluated at the same numbers of tokens: validation losses of {', '.join(labels)} that are marked ~ are "
+        "not measured, they lie on the line between two evaluations. Assertions use them too."
+    ]
 
 
 def _unfinished(groups: Sequence[Group]) -> list[str]:
@@ -79,6 +98,22 @@ def _unfinished(groups: Sequence[Group]) -> list[str]:
         for run in group.runs
         if not run.is_finished
     ]
+
+
+def _different_ranks(groups: Sequence[Group]) -> list[str]:
+    """Where numbers per rank do not compare."""
+    notes = []
+    sizes = list(dict.fromkeys(group.world_size for group in groups))
+    if len(sizes) > 1:
+        notes.append(
+            f"Not the same number of ranks for all ({', '.join(map(str, sizes))}): bytes per rank, times and bytes "
+            "sent are not like for like."
+        )
+    logged = [{cause for cause in causes([group]) if is_cause(cause) and not is_state(cause)} for group in groups]
+    partly = [cause for cause in sorted(set[str]().union(*logged)) if not all(cause in each for each in logged)]
+    if partly:
+        notes.append(f"Not logged by all: memory of {', '.join(partly)}; sums over all causes are not like for like.")
+    return notes
 
 
 def _different_places(groups: Sequence[Group]) -> list[str]:

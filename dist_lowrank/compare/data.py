@@ -23,7 +23,8 @@ def csv_text(comparison: Comparison) -> str:
     for group, values in zip(comparison.groups, comparison.quantities, strict=True):
         for name, value in values.items():
             if value is not None:
-                writer.writerow([group.label, "", name, "", "", repr(value.mean)])
+                mark = " (interpolated)" if value.interpolated else ""
+                writer.writerow([group.label, "", f"{name}{mark}", "", "", repr(value.mean)])
                 if value.count > 1:
                     writer.writerow([group.label, "", f"{name} (spread)", "", "", repr(value.spread)])
         for run in group.runs:
@@ -77,7 +78,8 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
 def _mean(value: Mean | None) -> dict[str, Any] | None:
     if value is None or not math.isfinite(value.mean):
         return None
-    return {"mean": value.mean, "spread": value.spread, "runs": value.count}
+    mark = {"interpolated": True} if value.interpolated else {}
+    return {"mean": value.mean, "spread": value.spread, "runs": value.count} | mark
 
 
 def _finite(point: Sequence[float]) -> list[float | None]:

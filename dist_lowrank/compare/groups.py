@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dist_lowrank.compare.runs import Run
 from dist_lowrank.config import ConfigError, by_dotted_key
 from dist_lowrank.config.errors import show
 
-COMPARABLE = ("data", "seed", "model")  # what has to be equal unless it is allowed to differ
+COMPARABLE = ("data", "seed", "model", "evaluation")  # what has to be equal unless it is allowed to differ
 
 # Keys that change neither what is learned nor how fast, or that each run has its own value of.
 _IMMATERIAL = (
@@ -113,7 +114,8 @@ def _differences(name: str, groups: Sequence[Group]) -> Iterator[str]:
                 have, has = (", ".join(map(str, sorted(each.seeds))) for each in (baseline, group))
                 yield f"seed: {have} in {baseline.label}, {has} in {group.label}"
             continue
-        here, there = (_identity(name, each.first) for each in (baseline, group))
+        identity = _evaluation if name == "evaluation" else partial(_identity, name)
+        here, there = (identity(each.first) for each in (baseline, group))
         for key in sorted(here.keys() | there.keys()):
             if here.get(key) != there.get(key):
                 values = [show(each.get(key)) for each in (here, there)]
@@ -123,6 +125,15 @@ def _differences(name: str, groups: Sequence[Group]) -> Iterator[str]:
 def _identity(section: str, run: Run) -> dict[str, Any]:
     left_out = ("data.cache", "data.workers") if section == "data" else _NOT_THE_MODEL
     return {key: v for key, v in by_dotted_key(run.config[section], f"{section}.") if key not in left_out}
+
+
+def _evaluation(run: Run) -> dict[str, Any]:
+    """How validation losses were measured: runs that measured otherwise have others, even of one model."""
+    train = run.config["train"]
+    found = {f"train.{key}": train.get(key) for key in ("eval_sequences", "eval_legacy_counter")}
+    if train.get("eval_legacy_counter"):  # it counts batches per rank
+        found |= {"train.micro_batch_size": train["micro_batch_size"], "ranks": len(run.ranks)}
+    return found
 
 
 def _settings(run: Run) -> dict[str, str]:

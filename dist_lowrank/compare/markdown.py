@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from dist_lowrank.compare.comparison import Comparison
-from dist_lowrank.compare.tables import Table, numeric_columns, tables, title
+from dist_lowrank.compare.tables import Table, aligned, numeric_columns, one_line, tables, title
 
 
 def markdown(comparison: Comparison) -> str:
@@ -22,18 +20,13 @@ def markdown(comparison: Comparison) -> str:
 
 
 def _markdown_table(table: Table) -> str:
-    cells = [[_escaped(cell) for cell in row] for row in (table.headings, *table.rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(table.headings))]
-    numeric = numeric_columns(table)
-
-    def line(row: Sequence[str]) -> str:
-        aligned = (c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric, strict=True))
-        return f"| {' | '.join(aligned)} |\n"
-
-    rules = (f"{'-' * (width + 1)}{':' if right else '-'}" for width, right in zip(widths, numeric, strict=True))
-    return line(cells[0]) + f"|{'|'.join(rules)}|\n" + "".join(map(line, cells[1:]))
+    rows = aligned(table, _escaped)
+    header, *lines = (f"| {' | '.join(cells)} |\n" for cells in rows)
+    columns = zip(rows[0], numeric_columns(table), strict=True)
+    rules = ("-" * (len(cell) + 1) + (":" if right else "-") for cell, right in columns)
+    return header + f"|{'|'.join(rules)}|\n" + "".join(lines)
 
 
 def _escaped(text: str) -> str:
     """As one line of a Markdown table."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "\\<")
+    return one_line(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "\\<")

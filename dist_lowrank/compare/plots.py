@@ -1,4 +1,4 @@
-"""A comparison as plots: loss against tokens and time, memory per rank, captured energy."""
+"""A comparison as plots: loss against tokens and time, memory per rank as bars and as a heat map, captured energy."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from matplotlib.ticker import EngFormatter
 from dist_lowrank.compare.comparison import Comparison
 from dist_lowrank.compare.groups import Group
 from dist_lowrank.compare.quantities import Curve, causes, memory_by_rank, value_at
-from dist_lowrank.compare.runs import Run, is_cause
+from dist_lowrank.compare.runs import Run
 from dist_lowrank.telemetry import tags
+from dist_lowrank.telemetry.causes import is_cause
 
 # Okabe and Ito's colours, which most colour-blind people can tell apart; more runs than colours change the dashes.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -23,6 +24,7 @@ _DASHES = ("-", "--", ":", "-.")
 # Of the same names in every comparison; other causes take what is left of the map.
 _CAUSE_COLOURS = {
     "parameters": "#4C78A8",
+    "gathered_parameters": "#2F4B7C",
     "master_weights": "#9ECAE9",
     "gradients": "#BAB0AC",
     "dense_moments": "#E45756",
@@ -31,9 +33,16 @@ _CAUSE_COLOURS = {
     "projection": "#88D27A",
     "error_feedback": "#B279A2",
     "dictionary": "#EECA3B",
+    "shared_dictionary": "#C9A227",
     "other_state": "#9D755D",
+    "refresh_workspace": "#FF9DA6",
+    "collective_buffers": "#72B7B2",
+    "activations": "#D6A5C9",
+    "temporaries": "#D8B5A5",
+    "inputs": "#439894",
 }
 _MOST_RANKS = 16  # with a bar each; of more, those with least, median and most
+_MOST_WRITTEN = 4  # ranks of a heat map that have their numbers written in
 _BINS = 100  # of tokens, over which training losses are averaged
 
 
@@ -54,7 +63,7 @@ class Plot:
 
 def plots(comparison: Comparison) -> list[Plot]:
     """All plots for which there are numbers."""
-    made = [_loss(comparison.groups), _memory(comparison.groups)]
+    made = [_loss(comparison.groups), _memory(comparison.groups), _heat_map(comparison.groups)]
     if any(run.families() for group in comparison.groups for run in group.runs):
         made.append(_energy(comparison.groups))
     return made
@@ -108,8 +117,7 @@ def _mean(points: Curve, column: int) -> float:
 
 def _memory(groups: Sequence[Group]) -> Plot:
     """Stacked bars: one per rank, the ranks of a run next to each other."""
-    names = [cause for cause in causes(groups) if is_cause(cause)]
-    names.sort(key=lambda cause: list(_CAUSE_COLOURS).index(cause) if cause in _CAUSE_COLOURS else len(_CAUSE_COLOURS))
+    names = _ordered_causes(groups)
     shown = [_shown_ranks(group) for group in groups]
     figure = Figure(figsize=(max(7.0, 2 + 0.45 * sum(map(len, shown))), 4.5), layout="constrained")
     axes = figure.subplots()
@@ -143,6 +151,50 @@ def _memory(groups: Sequence[Group]) -> Plot:
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     _clean(axes)
     return Plot("memory", "Memory per rank by cause", figure)
+
+
+def _ordered_causes(groups: Sequence[Group]) -> list[str]:
+    """Of which a rank holds something; known ones first, in the order of their colours."""
+    names = [c for c in causes(groups) if is_cause(c) and any(any(memory_by_rank(group, c)) for group in groups)]
+    known = list(_CAUSE_COLOURS)
+    return sorted(names, key=lambda cause: known.index(cause) if cause in known else len(known))
+
+
+def _heat_map(groups: Sequence[Group]) -> Plot:
+    """One panel per run, a row per cause, a column per rank; dark: close to the most of any rank and run."""
+    names = _ordered_causes(groups)
+    columns = min(4, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(3.2 * columns + 2.2, (0.32 * len(names) + 0.9) * rows + 0.4), layout="constrained")
+    panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    held = [[memory_by_rank(group, cause) for cause in names] for group in groups]
+    most = [max(max(of_group[row]) for of_group in held) for row in range(len(names))]
+    for group, of_group, axes in zip(groups, held, panels, strict=False):
+        shares = [[count / top for count in by_rank] for by_rank, top in zip(of_group, most, strict=True)]
+        mesh = axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.3)
+        mesh.set_rasterized(group.world_size > _MOST_RANKS)
+        axes.set_title(_plain(group.label), fontsize=9)
+        axes.set_yticks([row + 0.5 for row in range(len(names))], [_plain(cause) for cause in names], fontsize=9)
+        axes.tick_params(length=0)
+        if group.world_size <= _MOST_RANKS:
+            axes.set_xticks([rank + 0.5 for rank in range(group.world_size)], map(str, range(group.world_size)))
+        if group.world_size <= _MOST_WRITTEN:
+            for row, by_rank in enumerate(of_group):
+                for rank, count in enumerate(by_rank):
+                    colour = "white" if shares[row][rank] > 0.6 else "#333333"
+                    place = (rank + 0.5, row + 0.5)
+                    axes.annotate(_short(count), place, ha="center", va="center", fontsize=7, color=colour)
+    panels[0].invert_yaxis()  # of all panels: they share it
+    for axes in panels[len(groups) :]:
+        axes.set_visible(False)
+    figure.supxlabel("rank", fontsize=10)
+    bar = figure.colorbar(mesh, ax=panels, shrink=0.9, aspect=30)
+    bar.set_label("of the most of any rank and run", fontsize=8)
+    return Plot("memory_heat_map", "Memory by rank and cause (bytes; colour: against the most of its row)", figure)
+
+
+def _short(count: int) -> str:
+    return EngFormatter(places=1, sep="")(count) if count >= 1000 else str(count or "")
 
 
 def _shown_ranks(group: Group) -> list[int]:

@@ -6,7 +6,7 @@ import math
 import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_lowrank.compare.groups import Group
 from dist_lowrank.compare.runs import Rank, Run
@@ -23,6 +23,7 @@ class Mean:
     mean: float
     spread: float  # sample standard deviation; 0 of a single run
     count: int
+    interpolated: bool = False  # a validation loss that lies between two evaluations of a run
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Mean | None:
@@ -41,25 +42,37 @@ class LossRow:
     """The losses of all groups after the same number of tokens."""
 
     tokens: int
-    validation: Sequence[Mean | None]  # by group; between two evaluations of a run, on the line that joins them
+    validation: Sequence[Mean | None]  # by group; marked where it is between two evaluations, on their line
     train: Sequence[Mean | None]  # by group; over the tokens since the row before
 
 
 def loss_rows(groups: Sequence[Group], most: int = 8) -> list[LossRow]:
-    """At tokens at which the first run was evaluated and that every run has reached; at most `most` of them."""
+    """At tokens at which every run was evaluated; at most `most` of them.
+
+    Where there are none: at those of the first run that every run has reached, with interpolated losses.
+    """
     runs = [run for group in groups for run in group.runs]
     reached = min(run.entries[-1].tokens for run in runs)
-    evaluated = min(max((tokens for tokens, *_ in run.curve(tags.LOSS_VALIDATION)), default=0) for run in runs)
-    points = [tokens for tokens, *_ in runs[0].curve(tags.LOSS_VALIDATION) if 0 < tokens <= evaluated]
-    points = points or [reached]
+    evaluated = [[tokens for tokens, *_ in run.curve(tags.LOSS_VALIDATION)] for run in runs]
+    points = sorted(set.intersection(*map(set, evaluated)) - {0})
+    if not points:
+        last = min(max(places, default=0) for places in evaluated)
+        points = [tokens for tokens in evaluated[0] if 0 < tokens <= last] or [reached]
     if len(points) > most:
         points = [points[round((index + 1) * len(points) / most) - 1] for index in range(most)]
     rows = []
     for before, tokens in zip([0, *points], points, strict=False):
-        validation = [Mean.of(value_at(run.curve(tags.LOSS_VALIDATION), tokens) for run in g.runs) for g in groups]
+        validation = [_validation_at(group.runs, tokens) for group in groups]
         train = [Mean.of(mean_between(run.curve(tags.LOSS_TRAIN), before, tokens) for run in g.runs) for g in groups]
         rows.append(LossRow(tokens, validation, train))
     return rows
+
+
+def _validation_at(runs: Sequence[Run], tokens: int) -> Mean | None:
+    curves = [run.curve(tags.LOSS_VALIDATION) for run in runs]
+    mean = Mean.of(value_at(curve, tokens) for curve in curves)
+    between = any(tokens not in {place for place, *_ in curve} for curve in curves)
+    return replace(mean, interpolated=True) if mean and between else mean
 
 
 def value_at(curve: Curve, tokens: int) -> float | None:

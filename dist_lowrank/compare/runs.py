@@ -11,13 +11,10 @@ from typing import Any
 
 from dist_lowrank.config import ConfigError, RunFolder, open_run
 from dist_lowrank.telemetry import tags
+from dist_lowrank.telemetry.causes import is_cause, is_state
 
 _MEMORY = tags.memory_bytes("")
 _ENERGY = tags.captured_energy("")
-# What a rank holds besides the optimizer's state, and figures of the allocator, which are no causes. A cause that is
-# not known here counts as state: an assertion about state then fails rather than holds wrongly.
-_NOT_STATE = ("param", "master_weights", "grad", "activation", "temporar", "input", "collective", "refresh_workspace")
-_NOT_CAUSES = ("allocator", "outside_allocator", "fragmentation", "unexplained")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +72,6 @@ class Run:
         """Tokens by seconds of all logged steps but the first."""
         rates = _without_warm_up([value for *_, value in self.curve(tags.TOKENS_PER_SECOND)])
         return len(rates) / sum(1 / rate for rate in rates) if rates and min(rates) > 0 else None
-
-
-def is_cause(name: str) -> bool:
-    """Whether bytes of this name add up with the others to what a rank holds."""
-    return not name.startswith(_NOT_CAUSES)
-
-
-def is_state(name: str) -> bool:
-    """Whether a cause is part of what the optimizer holds between steps."""
-    return is_cause(name) and not name.startswith(_NOT_STATE)
 
 
 def read_run(given: str) -> Run:
@@ -148,7 +135,7 @@ def _rank(lines: Sequence[dict[str, Any]], tokens_per_step: int) -> Rank:
     for line in lines:
         held = {tag.removeprefix(_MEMORY): int(n) for tag, n in line.items() if tag.startswith(_MEMORY)}
         for cause, number in held.items():
-            memory[cause] = max(number, memory.get(cause, 0))
+            memory[cause] = max(number, memory.get(cause, number))
         state_bytes = max(state_bytes, sum(number for cause, number in held.items() if is_state(cause)))
         total_bytes = max(total_bytes, sum(number for cause, number in held.items() if is_cause(cause)))
     timed = _without_warm_up([line for line in lines if line.get(tags.TOKENS_PER_SECOND)])

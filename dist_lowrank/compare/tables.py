@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dist_lowrank.compare.quantities import Mean, captured_energy, causes, memory_by_rank, ratio
-from dist_lowrank.compare.runs import is_cause, is_state
 from dist_lowrank.compare.traffic import Traffic
+from dist_lowrank.telemetry.causes import is_cause, is_state
 
 if TYPE_CHECKING:
     from dist_lowrank.compare.comparison import Comparison
@@ -91,6 +92,8 @@ def _summary(comparison: Comparison) -> Table:
 
 def _runs(comparison: Comparison) -> Table:
     rows = []
+    given = [run.given for group in comparison.groups for run in group.runs]
+    above = os.path.commonpath(given) if len(given) > 1 and len({*map(os.path.isabs, given)}) == 1 else ""
     for group in comparison.groups:
         for run in group.runs:
             done, steps = run.entries[-1].step, run.config["train"]["steps"]
@@ -103,11 +106,14 @@ def _runs(comparison: Comparison) -> Table:
                     str(len(run.ranks)),
                     run.config["strategy"]["name"],
                     run.config["precision"]["name"],
-                    run.given,
+                    os.path.relpath(run.given, above) if above else run.given,
                 ]
             )
     headings = ["run", "seed", "steps", "tokens", "ranks", "strategy", "precision", "folder"]
-    return Table("Runs", "Runs that differ in nothing but the seed stand under one name.", headings, rows)
+    explanation = "Runs that differ in nothing but the seed stand under one name."
+    if above:
+        explanation += f" The folders are in {above}."
+    return Table("Runs", explanation, headings, rows)
 
 
 def _settings(comparison: Comparison) -> Table:
@@ -128,9 +134,8 @@ def _loss(comparison: Comparison) -> Table:
         for row in comparison.loss
     ]
     explanation = (
-        "Nats per token. Validation loss of a run that was not evaluated right there is on the line between its "
-        "neighbouring evaluations. Training loss is the mean since the row before. ± is the standard deviation over "
-        "seeds."
+        "Nats per token. ~: the run was not evaluated right there, the loss is on the line between its neighbouring "
+        "evaluations. Training loss is the mean since the row before. ± is the standard deviation over seeds."
     )
     return Table("Loss at equal tokens", explanation, headings, rows)
 
@@ -148,8 +153,8 @@ def _memory(comparison: Comparison) -> Table:
             ranks = zip(*(run.ranks for run in group.runs), strict=True)
             rows.append([group.label, name, "sum", *_over_ranks([max(getattr(r, of_rank) for r in s) for s in ranks])])
     explanation = (
-        "Bytes, the most at any logged step. Worst: the number of the rank that holds most. What is marked as state is "
-        "what the optimizer holds between steps, its dictionary included."
+        "Bytes, the most at any logged step. Worst: the number of the rank that holds most, - where all hold "
+        "the same. What is marked as state is what the optimizer holds between steps, its dictionary included."
     )
     headings = ["run", "cause", "kind", "min", "median", "max", "worst rank", "sum over ranks"]
     return Table("Memory per rank by cause", explanation, headings, rows)
@@ -223,7 +228,7 @@ def _assertions(comparison: Comparison) -> Table:
             outcome.text,
             outcome.label,
             "holds" if outcome.holds else "DOES NOT HOLD",
-            ", ".join(f"{name} = {value:,.10g}" for name, value in outcome.numbers.items()),
+            outcome.shown,
         ]
         for outcome in comparison.outcomes
     ]
@@ -236,19 +241,21 @@ def _labels(comparison: Comparison) -> list[str]:
 
 def _over_ranks(by_rank: Sequence[int]) -> list[str]:
     numbers: list[Callable[[Sequence[int]], float]] = [min, statistics.median, max]
-    worst = by_rank.index(max(by_rank))
-    return [*(f"{number(by_rank):,.0f}" for number in numbers), str(worst), f"{sum(by_rank):,}"]
+    worst = str(by_rank.index(max(by_rank))) if len(set(by_rank)) > 1 else NOTHING
+    return [*(f"{number(by_rank):,.0f}" for number in numbers), worst, f"{sum(by_rank):,}"]
 
 
 def _number(value: Mean | None, form: str) -> str:
     if value is None:
         return NOTHING
     spread = f" ± {form.format(value.spread)}" if value.spread else ""
-    return form.format(value.mean) + spread
+    return ("~" if value.interpolated else "") + form.format(value.mean) + spread
 
 
 def _difference(value: Mean | None, baseline: Mean | None) -> str:
-    return f"{value.mean - baseline.mean:+.4f}" if value and baseline else NOTHING
+    if value is None or baseline is None:
+        return NOTHING
+    return ("~" if value.interpolated or baseline.interpolated else "") + f"{value.mean - baseline.mean:+.4f}"
 
 
 def _times(value: Mean | None, baseline: Mean | None) -> str:
@@ -263,4 +270,17 @@ def numeric_columns(table: Table) -> list[bool]:
 
 
 def _is_number(cell: str) -> bool:
-    return all(character in "0123456789.,+-±% " for character in cell.replace("nan", "").replace("e-", ""))
+    return all(character in "0123456789.,+-±~% " for character in cell.replace("nan", "").replace("e-", ""))
+
+
+def one_line(text: str) -> str:
+    """Without line breaks, and without what a terminal would obey."""
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+
+
+def aligned(table: Table, shown: Callable[[str], str]) -> list[list[str]]:
+    """The headings and rows as `shown` writes their cells, padded to columns."""
+    cells = [[shown(cell) for cell in row] for row in (table.headings, *table.rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    columns = list(zip(widths, numeric_columns(table), strict=True))
+    return [[c.rjust(w) if right else c.ljust(w) for c, (w, right) in zip(row, columns, strict=True)] for row in cells]

@@ -36,7 +36,7 @@ def add_compare(verbs: argparse._SubParsersAction[Any]) -> None:
     parser = verbs.add_parser(
         "compare",
         help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}. Prints Markdown.",
+        description=f"{summary[0].upper()}{summary[1:]}. Prints tables.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,7 +45,7 @@ def add_compare(verbs: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--out", metavar="DIR", help="also write Markdown, CSV, JSON, an HTML page and plots there")
     parser.add_argument(
-        "--allow", default="", metavar="WHAT", help="may differ: data, seed, model, or several: data,seed"
+        "--allow", default="", metavar="WHAT", help="may differ: data, seed, model, evaluation, or several: data,seed"
     )
     parser.add_argument("--no-traffic", action="store_true", help="leave out the bytes sent, which take some seconds")
     add_assert(parser)
@@ -66,14 +66,14 @@ def add_assert(parser: argparse.ArgumentParser) -> None:
 
 def _compare(options: argparse.Namespace) -> int:
     from dist_lowrank.compare.comparison import compare
-    from dist_lowrank.compare.markdown import markdown
+    from dist_lowrank.compare.plain_text import plain_text
 
     allow = _allowed(options.allow)
     assertions = parse_assertions(options.assertions)
     if options.out:
         require_matplotlib()
     found = compare(options.runs, allow=allow, assertions=assertions, with_traffic=not options.no_traffic)
-    print(markdown(found), end="")
+    print(plain_text(found), end="")
     if options.out:
         write_report(found, Path(options.out))
     return report_outcomes(found.outcomes)
@@ -108,8 +108,7 @@ def report_outcomes(outcomes: Sequence[Outcome]) -> int:
     """Names the assertions that do not hold; returns the exit code."""
     for outcome in outcomes:
         if not outcome.holds:
-            numbers = ", ".join(f"{name} = {value:.10g}" for name, value in outcome.numbers.items())
-            print(f"error: does not hold for {outcome.label}: {outcome.text} ({numbers})", file=sys.stderr)
+            print(f"error: does not hold for {outcome.label}: {outcome.text} ({outcome.shown})", file=sys.stderr)
     return ExitCode.FINISHED if all(outcome.holds for outcome in outcomes) else ExitCode.NOT_HELD
 
 

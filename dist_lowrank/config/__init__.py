@@ -2,7 +2,7 @@
 
 from dist_lowrank.config.compose import compose
 from dist_lowrank.config.errors import ConfigError
-from dist_lowrank.config.run_folder import RunFolder, begin_again, create, open_run
+from dist_lowrank.config.run_folder import RunFolder, begin_again, claim, create, open_run
 from dist_lowrank.config.schema import RunConfig
 from dist_lowrank.config.validate import by_dotted_key, digest, from_dict, to_dict
 
@@ -12,6 +12,7 @@ __all__ = [
     "RunFolder",
     "begin_again",
     "by_dotted_key",
+    "claim",
     "compose",
     "create",
     "digest",

@@ -6,6 +6,7 @@ import glob
 import os
 
 from dist_lowrank.config.errors import ConfigError
+from dist_lowrank.config.optimizers import DCTAdamWConfig, ProjectedConfig
 from dist_lowrank.config.schema import RunConfig, TextData
 
 
@@ -15,7 +16,12 @@ def check_combinations(config: RunConfig) -> None:
     Raises:
         ConfigError: with one line per problem, each naming the key, the value and what is allowed.
     """
-    problems = [*_missing_files(config), *_sizes_that_differ(config), *_precision_of_zero(config)]
+    problems = [
+        *_missing_files(config),
+        *_sizes_that_differ(config),
+        *_precision_of_zero(config),
+        *_low_rank_gradients(config),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -61,3 +67,28 @@ def _precision_of_zero(config: RunConfig) -> list[str]:
         f"precision: {config.precision.name} is not allowed with strategy={config.strategy.name}; allowed: fp32, bf16 "
         "(DeepSpeed keeps master weights in fp32)"
     ]
+
+
+def _low_rank_gradients(config: RunConfig) -> list[str]:
+    """What `dist_lowrank.optim.gradient_sync` refuses."""
+    optimizer = config.optimizer
+    if not config.strategy.low_rank_gradients:
+        return []
+    if isinstance(optimizer, DCTAdamWConfig):
+        rest, source = f"error_feedback={optimizer.error_feedback}", f"dictionary={optimizer.dictionary}"
+    elif isinstance(optimizer, ProjectedConfig):
+        rest, source = f"residual={optimizer.residual}", f"subspace={optimizer.subspace}"
+    else:
+        return [_refused(f"optimizer={optimizer.name}", "dct_adamw, galore, galore2, golore or grass")]
+    problems = []
+    if not rest.endswith("=none"):
+        problems.append(_refused(f"optimizer.{rest}", "none there"))
+    if source.endswith(("=shared", "=blocks")):
+        problems.append(_refused(f"optimizer.{source}", "any other there"))
+    if optimizer.refresh_interval == 1 and getattr(optimizer, "selection", "current") == "current":
+        problems.append(_refused("optimizer.refresh_interval=1", "2 or more there (dct_adamw: or selection=previous)"))
+    return problems
+
+
+def _refused(cause: str, allowed: str) -> str:
+    return f"strategy.low_rank_gradients: true is not allowed with {cause}; allowed: false, or {allowed}"

@@ -49,6 +49,7 @@ class DCTAdamWConfig:
     transform: Transform = "gemm"
     materialize: bool = True
     ranking: Ranking = "l2"
+    selection: Literal["current", "previous"] = "current"
     side: Side = "shorter"
     transition: Literal["move", "reset", "keep"] = "move"
     error_feedback: Literal["none", "fp32", "bf16", "int8", "int4"] = "none"
@@ -64,6 +65,15 @@ class DCTAdamWConfig:
             raise ValueError(
                 f"error_feedback_momentum: true is not allowed with error_feedback={self.error_feedback} and "
                 f"transition={self.transition}; allowed: false, or error_feedback other than none and transition=move"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _previous_scores_are_of_the_last_step(self) -> DCTAdamWConfig:
+        if self.selection == "previous" and (self.refresh_interval != 1 or self.dictionary == "shared"):
+            raise ValueError(
+                f"selection: previous is not allowed with refresh_interval={self.refresh_interval} and "
+                f"dictionary={self.dictionary}; allowed: current, or refresh_interval=1 and a fixed dictionary"
             )
         return self
 

@@ -6,9 +6,13 @@
             overrides.txt                        what was typed
             provenance.json                      commit, command, machine
             tensorboard/rank_00000/              event files
+            tensorboard/final/                   the line of a finished run in the HParams tab
+            traces/                              profiles and memory snapshots, only if asked for or out of memory
             metrics/rank_00000.jsonl             the same numbers as JSON lines
             export/                              the model in Hugging Face format
             errors/rank_00000.txt                only after a failure
+            launch/                              what `dist-lowrank launch` rendered
+            CLAIMED                              ranks of a rendered job have started on this attempt
             stopped.json                         why, where and with which exit code, if it was asked to stop
         checkpoints/save-0001-step-00000100/     see `dist_lowrank.checkpoint`; attempts continue from the newest
         FINISHED                                 a JSON summary; without it the next start adds attempt-2
@@ -47,6 +51,11 @@ class RunFolder:
     path: Path
     attempt: int
 
+    @classmethod
+    def of_attempt(cls, path: str | Path) -> RunFolder:
+        """From the folder of an attempt, whether it can be seen from here or not."""
+        return cls(Path(path).parent, int(Path(path).name.removeprefix("attempt-")))
+
     @property
     def attempt_path(self) -> Path:
         return self.path / f"attempt-{self.attempt}"
@@ -70,6 +79,19 @@ class RunFolder:
 
     def tensorboard(self, rank: int) -> Path:
         return self.attempt_path / "tensorboard" / f"rank_{rank:05d}"
+
+    @property
+    def tensorboard_final(self) -> Path:
+        return self.attempt_path / "tensorboard" / "final"
+
+    @property
+    def traces(self) -> Path:
+        return self.attempt_path / "traces"
+
+    @property
+    def trace_demand(self) -> Path:
+        """Whoever makes this file asks for a profile of the next steps."""
+        return self.attempt_path / "TRACE"
 
     def metrics(self, rank: int) -> Path:
         return self.attempt_path / "metrics" / f"rank_{rank:05d}.jsonl"
@@ -138,6 +160,29 @@ def begin_again(folder: RunFolder) -> RunFolder:
         ConfigError: the folder cannot be written.
     """
     return create(folder.config(), (folder.attempt_path / "overrides.txt").read_text().splitlines(), folder.path)
+
+
+def claim(run: str | Path) -> RunFolder:
+    """The attempt for ranks that start now: the newest one, unless it has been claimed; else the next one.
+
+    So a job that was prepared once can be started again, by hand or by a scheduler. Call it on one rank.
+
+    Args:
+        run: the run's folder.
+
+    Raises:
+        ConfigError: there is no run, or its folder cannot be written.
+    """
+    folder = open_run(run)
+    try:
+        (folder.attempt_path / "CLAIMED").touch(exist_ok=False)
+    except FileExistsError:
+        folder = begin_again(folder)
+        (folder.attempt_path / "CLAIMED").touch()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{run}: is not allowed ({reason}); allowed: a folder to write in") from error
+    return folder
 
 
 def open_run(path: str | Path) -> RunFolder:

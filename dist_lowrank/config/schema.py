@@ -13,6 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from dist_lowrank.config.launchers import (
+    ComposeLauncher,
+    DockerLauncher,
+    LocalLauncher,
+    SlurmLauncher,
+    TorchrunLauncher,
+)
 from dist_lowrank.config.optimizers import (
     AdafactorConfig,
     AdamW8bitConfig,
@@ -115,6 +122,7 @@ class StrategyConfig:
     shard_size: PositiveInt | None = None  # hsdp: ranks that share one copy of the model; null: the ranks of one node
     reshard_after_forward: bool = True  # fsdp, hsdp: free the gathered weights between forward and backward
     config: str | None = None  # zero: a DeepSpeed JSON to merge in
+    low_rank_gradients: bool = False  # ddp: between refreshes, ranks sum coefficients (L x r) instead of gradients
 
     @property
     def zero_stage(self) -> int | None:
@@ -127,6 +135,12 @@ class StrategyConfig:
             raise ValueError(
                 f"config: {self.config} is not allowed with {self.name}; allowed: null (or zero0, zero1, zero2, zero3)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _low_rank_gradients_are_of_ddp(self) -> StrategyConfig:
+        if self.low_rank_gradients and self.name != "ddp":
+            raise ValueError(f"low_rank_gradients: true is not allowed with {self.name}; allowed: false (or ddp)")
         return self
 
     @model_validator(mode="after")
@@ -189,6 +203,19 @@ class TelemetryConfig:
     log_interval: PositiveInt = 1  # steps between entries in TensorBoard and the JSON lines
     console_interval: PositiveInt = 10  # steps between plain lines, when the console is not a terminal
     memory_tracker_steps: tuple[PositiveInt, ...] = ()  # steps (slower) in which all memory is told by cause: [1, 2]
+    # With more ranks, rank 0 alone writes event files, with statistics over ranks; the JSON lines stay each rank's own.
+    max_ranks_shown: PositiveInt = 16
+    heat_map_interval: PositiveInt = 100  # steps between pictures of memory by rank, with more ranks than that
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None  # first and last step that every rank traces
+    memory_history: bool = True  # cuda: remember allocations, for a snapshot when profiling or out of memory
+
+    @model_validator(mode="after")
+    def _profile_has_an_order(self) -> TelemetryConfig:
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(
+                f"profile_steps: {list(self.profile_steps)} is not allowed; allowed: [first, last], such as [10, 12]"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -229,16 +256,6 @@ class ResumeConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class LauncherConfig:
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda when a GPU is visible
-    nproc_per_node: PositiveInt | None = None  # null: all visible GPUs, or 2 on a CPU
-    threads: PositiveInt | None = None  # per process; null: cores / processes
-    timeout_seconds: PositiveInt = 600  # without progress, until a rank counts as hanging
-    stop_seconds: PositiveInt = 120  # for ranks to save after a signal, before they are killed
-    max_restarts: NonNegativeInt = 0  # after a rank failed, died or hung; resumes from the newest checkpoint
-
-
-@dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """Everything that a worker needs to know. `run` names the folder, not the science."""
 
@@ -266,7 +283,10 @@ class RunConfig:
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     resume: ResumeConfig = Field(default_factory=ResumeConfig)
-    launcher: LauncherConfig = Field(default_factory=LauncherConfig)
+    launcher: Annotated[
+        LocalLauncher | TorchrunLauncher | DockerLauncher | ComposeLauncher | SlurmLauncher,
+        Field(discriminator="name"),
+    ] = Field(default_factory=LocalLauncher)
     seed: NonNegativeInt = 0
     runs: str = "runs"  # folder of all runs
     name: Name | None = None  # of the run folder's prefix; null: <model>-<optimizer>

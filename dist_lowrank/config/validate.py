@@ -45,6 +45,9 @@ def from_dict(data: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: with one line per problem, each naming the key, the value and what is allowed.
     """
+    launcher = data.get("launcher")
+    if isinstance(launcher, dict) and "name" not in launcher:  # stored before there was another one
+        data = {**data, "launcher": {"name": "local", **launcher}}
     try:
         return _adapter().validate_json(json.dumps(data), strict=True)
     except ValidationError as error:

@@ -7,8 +7,6 @@ import os
 import signal
 import sys
 import uuid
-from types import FrameType
-from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -17,6 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from dist_lowrank.checkpoint.folders import newest_line
 from dist_lowrank.config import RunConfig, RunFolder, begin_again
 from dist_lowrank.exit_codes import RESTARTED, ExitCode
+from dist_lowrank.launchers.endings import Interrupted, first_failure, how_stopped, interrupt
 from dist_lowrank.launchers.preparation import resolve_processes
 
 
@@ -60,25 +59,16 @@ def _launch_once(config: RunConfig, folder: RunFolder) -> ExitCode:
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # workers write to this console
     )
     settings.signals_to_handle = "SIGTERM,SIGHUP,SIGQUIT,SIGUSR1"
-    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     try:
         elastic_launch(settings, sys.executable)("-m", "dist_lowrank.worker", str(folder.attempt_path))
     except ChildFailedError as error:
         return _report(error, folder)
-    except _Interrupted:
+    except Interrupted:
         return ExitCode.INTERRUPTED
     except SignalException:
-        return _how_stopped(folder)
+        return how_stopped(folder)
     return ExitCode.FINISHED
-
-
-class _Interrupted(SignalException):
-    """Ctrl-C. It stops the workers by SIGTERM, because Python answers an early SIGINT with a traceback."""
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(ExitCode.INTERRUPTED))  # Linux then kills the workers
-    raise _Interrupted("interrupted", signal.SIGTERM)
 
 
 def _cores() -> int:
@@ -86,38 +76,15 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _how_stopped(folder: RunFolder) -> ExitCode:
-    """After a request to stop: what rank 0 noted; or, if it did not come to that, what is true in any case."""
-    if folder.is_finished:
-        return ExitCode.FINISHED
-    return ExitCode(folder.stopped["exit_code"]) if folder.stopped else ExitCode.REQUEUE
-
-
 def _report(error: ChildFailedError, folder: RunFolder) -> ExitCode:
-    """Prints what went wrong first, and only that: the other ranks fail because of it. Returns its exit code."""
-    stopped = (-signal.SIGTERM, ExitCode.REQUEUE, ExitCode.INTERRUPTED, ExitCode.TERMINATED)
-    found: list[tuple[float, int, str]] = []
-    for rank, failure in error.failures.items():
-        path = folder.error(rank)
-        if path.exists():
-            found.append((path.stat().st_mtime, rank, path.read_text()))
-        elif failure.exitcode in stopped:
-            continue  # by this launcher, because of another rank, or by someone else
-        elif failure.exitcode >= 0:
-            found.append((failure.timestamp, rank, f"ended with exit code {failure.exitcode}"))
-        else:
-            hint = "; often the system ran out of memory" if failure.exitcode == -signal.SIGKILL else ""
-            # Seen by polling, in whole seconds, so maybe noted after the others' complaints about the lost peer.
-            found.append((failure.timestamp - 1, rank, f"was killed by {signal.Signals(-failure.exitcode).name}{hint}"))
-    if not found:
-        return _how_stopped(folder)
-    _, rank, text = min(found)
-    code = error.failures[rank].exitcode
-    if code in set(ExitCode) - {ExitCode.FAILED}:
-        print("".join(f"error: {line}\n" for line in text.splitlines()), end="", file=sys.stderr)
+    """Prints what went wrong first, and only that. Returns its exit code."""
+    failure = first_failure(error, folder)
+    if failure is None:
+        return how_stopped(folder)
+    if failure.code is ExitCode.FAILED:
+        print(f"error: rank {failure.rank} of {folder.attempt_path} failed: {failure.text.rstrip()}", file=sys.stderr)
     else:
-        code = ExitCode.FAILED
-        print(f"error: rank {rank} of {folder.attempt_path} failed: {text.rstrip()}", file=sys.stderr)
-    if code != ExitCode.CONFIGURATION:
+        print("".join(f"error: {line}\n" for line in failure.text.splitlines()), end="", file=sys.stderr)
+    if failure.code is not ExitCode.CONFIGURATION:
         print(newest_line(folder.checkpoints), file=sys.stderr)
-    return ExitCode(code)
+    return failure.code

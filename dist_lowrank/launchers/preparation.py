@@ -66,9 +66,9 @@ def _without(before: Sequence[str], overrides: Sequence[str]) -> list[str]:
 
 
 def _check(config: RunConfig, world_size: int | None) -> None:
-    if world_size is None:
-        _, world_size = resolve_processes(config)
-    check_world(config, world_size)
+    sizes = (world_size,) if world_size else config.launcher.world_sizes or (resolve_processes(config)[1],)
+    for size in sizes:
+        check_world(config, size)
     try:
         check_data(config.data)
     except (ValueError, ConnectionError) as error:
@@ -76,7 +76,7 @@ def _check(config: RunConfig, world_size: int | None) -> None:
 
     from dist_lowrank.training.parameter_table import parameter_table  # slow: imports transformers
 
-    parameter_table(config, world_size)  # for its checks: names match, layouts are supported
+    parameter_table(config, sizes[-1])  # for its checks: names match, layouts are supported
     if config.resume.starts_elsewhere:
         _check_source(config)
 
@@ -94,6 +94,16 @@ def _check_source(config: RunConfig) -> None:
         except CheckpointError as error:
             if not config.resume.fallback:
                 raise ConfigError(f"resume: {error}") from error
+
+
+def planned_processes(config: RunConfig) -> tuple[str, int]:
+    """The device type and the number of processes of all nodes, wherever the launcher starts them.
+
+    Raises:
+        ConfigError: as `resolve_processes`, for this machine.
+    """
+    sizes = config.launcher.world_sizes
+    return (config.launcher.device, sizes[-1]) if sizes else resolve_processes(config)
 
 
 def resolve_processes(config: RunConfig, visible_gpus: int | None = None) -> tuple[str, int]:

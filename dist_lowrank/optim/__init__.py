@@ -14,6 +14,7 @@ from dist_lowrank.optim.dion3 import Dion3
 from dist_lowrank.optim.fira import Fira
 from dist_lowrank.optim.frugal import Frugal
 from dist_lowrank.optim.galore import GaLore, GoLore
+from dist_lowrank.optim.gradient_sync import sum_coefficients
 from dist_lowrank.optim.grass import Grass
 from dist_lowrank.optim.ldadam import LDAdam
 from dist_lowrank.optim.muon import Muon
@@ -51,4 +52,5 @@ __all__ = [
     "full_state_dict",
     "param_groups",
     "published",
+    "sum_coefficients",
 ]

@@ -46,6 +46,7 @@ class BoundMatrix:
     captured_energy: Tensor | None = None  # share of the score in the chosen columns, at the last refresh
     previous_indices: Tensor | None = None  # what was chosen before the last refresh; empty if that was the first
     role: Role | None = None  # whose dictionary it shares
+    scores: Tensor | None = None  # of columns at the coming step, where gradients were summed as coefficients
 
     @property
     def name(self) -> str:

@@ -51,7 +51,7 @@ class DictionaryColumns:
         return self._ready(place).transform(rows)
 
     def stored(self, state: Mapping[str, Tensor], place: Place) -> ColumnBasis:
-        return self._basis(place, state["indices"].long())
+        return self.basis(place, state["indices"].long())
 
     def choose(
         self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None
@@ -59,12 +59,13 @@ class DictionaryColumns:
         previous = state["indices"][: 0 if number == 0 or place.new_dictionary else None].clone()
         scores = yield column_scores(coordinates[place.owned], self.ranking)  # (n,)
         indices = top_columns(scores, place.form.rank)
-        return Choice(self._basis(place, indices), scores[indices].sum() / scores.sum(), previous)
+        return Choice(self.basis(place, indices), scores[indices].sum() / scores.sum(), previous)
 
     def store(self, basis: ColumnBasis, state: Mapping[str, Tensor]) -> None:
         state["indices"].copy_(basis.indices)
 
-    def _basis(self, place: Place, indices: Tensor) -> ColumnBasis:
+    def basis(self, place: Place, indices: Tensor) -> ColumnBasis:
+        """Of columns `indices` (r,), int64, ascending."""
         return ColumnBasis(self._ready(place), indices)
 
     def _ready(self, place: Place) -> Dictionary:
@@ -80,6 +81,33 @@ class DictionaryColumns:
             transform=transform,
             materialize=self.materialize,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class PreviousColumns(DictionaryColumns):
+    """Columns by their score at the step before, at the first step by that of its own gradient.
+
+    Known before the gradient is, so that ranks need not sum the whole of it (`dist_lowrank.optim.gradient_sync`).
+    """
+
+    def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
+        scores = StateTensor(form.n, dtype, "other_state", sharded=False)
+        return {**DictionaryColumns.state(self, form, dtype), "scores": scores}
+
+    def foreseen(self, state: Mapping[str, Tensor], place: Place) -> Tensor:
+        """The columns (r,) of the next step but the first."""
+        return top_columns(state["scores"], place.form.rank)
+
+    def choose(
+        self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None
+    ) -> Rule[Choice]:
+        scores = place.scores
+        if scores is None:
+            scores = yield column_scores(coordinates[place.owned], self.ranking)  # (n,)
+        indices = top_columns(scores, place.form.rank) if number == 0 else self.foreseen(state, place)
+        previous = state["indices"][: 0 if number == 0 else None].clone()
+        state["scores"].copy_(scores)
+        return Choice(self.basis(place, indices), scores[indices].sum() / scores.sum(), previous)
 
 
 @dataclass(frozen=True, slots=True)

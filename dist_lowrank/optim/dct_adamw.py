@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from dist_lowrank.optim.columns import PreviousColumns
 from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import VERIFY_EVERY, WORKSPACE_BYTES, LowRankOptimizer
 from dist_lowrank.optim.low_rank import LowRank, column_options
 from dist_lowrank.optim.moments import Adam
-from dist_lowrank.optim.options import check_choice
+from dist_lowrank.optim.options import check_choice, refuse
 from dist_lowrank.optim.residuals import Accumulate, Drop, Residual
 from dist_lowrank.optim.storage import Floats, Levels, Storage
 
@@ -65,6 +67,9 @@ class DCTAdamW(LowRankOptimizer):
         materialize: keep the n x n matrix of each dictionary. False keeps O(n) numbers, makes the chosen columns from
             the formula at each use, and needs `transform` `fft` or `auto` (then `fft`); not for `random`.
         ranking: `l2`, by energy, or `l1`, by sum of absolute values.
+        selection: by whose score columns are chosen: `current`, of this step's gradient, or `previous`, of the last
+            step's, another algorithm, which needs `refresh_interval=1` and a fixed dictionary; n numbers of state per
+            matrix. Columns are then known before the gradient is, for `sum_coefficients`.
         side: `shorter` compresses the shorter axis (square: right), `longer` the other, `right` axis 1, `left` axis 0,
             `unsharded` the axis that is not sharded (axis 1 of plain tensors), so that rows are never exchanged.
             Decided from the global shape.
@@ -115,6 +120,7 @@ class DCTAdamW(LowRankOptimizer):
         transform: str = "gemm",
         materialize: bool = True,
         ranking: str = "l2",
+        selection: str = "current",
         side: str = "shorter",
         transition: str = "move",
         error_feedback: str = "none",
@@ -142,6 +148,7 @@ class DCTAdamW(LowRankOptimizer):
             "transform": transform,
             "materialize": materialize,
             "ranking": ranking,
+            "selection": selection,
             "side": side,
             "transition": transition,
             "error_feedback": error_feedback,
@@ -164,8 +171,17 @@ class DCTAdamW(LowRankOptimizer):
     def recipe(self, group: dict[str, Any]) -> LowRank:
         check_choice("error_feedback", group["error_feedback"], tuple(_RESIDUALS))
         check_choice("error_feedback_momentum", group["error_feedback_momentum"], (False, True))
+        check_choice("selection", group["selection"], ("current", "previous"))
+        options = column_options(group)
+        if group["selection"] == "previous":
+            if group["refresh_interval"] != 1 or group["dictionary"] == "shared":
+                raise refuse("selection", "previous", "'current', or a fixed dictionary with refresh_interval=1")
+            columns = options["subspace"]
+            options["subspace"] = PreviousColumns(
+                **{each.name: getattr(columns, each.name) for each in fields(columns)}
+            )
         return LowRank(
-            **column_options(group),
+            **options,
             refresh_interval=group["refresh_interval"],
             refresh_stagger=group["refresh_stagger"],
             moments=Adam(group["betas"], group["eps"], group["column_bias_correction"], group["moment_dtype"]),

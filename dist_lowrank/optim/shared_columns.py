@@ -57,7 +57,7 @@ class SharedColumns(DictionaryColumns):
         before = place.role.previous if place.role is not None else None
         return SharedBasis(before or self._ready(place), state["indices"].long())
 
-    def _basis(self, place: Place, indices: Tensor) -> SharedBasis:
+    def basis(self, place: Place, indices: Tensor) -> SharedBasis:
         return SharedBasis(self._ready(place), indices)
 
     def _ready(self, place: Place) -> LearnedDictionary:

@@ -22,6 +22,7 @@ STRUCTURAL_OPTIONS = (
     "moment_dtype",
     "state_dtype",
     "error_feedback",
+    "selection",
     "low_rank",
     "higher_dims",
     "split",

@@ -79,6 +79,7 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
         step, layout = int(own["step"]), matrix.layout
         bits = RandomBits(recipe.seed, matrix.name, step)
         place = place_of(matrix, rows[index].device, cache, bits)
+        matrix.scores = None  # used up
         rule = recipe.rule(rows[index], own, step, place, RowNoise(bits, layout.start))
         random.append(bits)
         tasks.append(Task(rule, layout))
@@ -116,7 +117,9 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
 
 def place_of(matrix: BoundMatrix, device: torch.device, cache: DictionaryCache, bits: RandomBits) -> Place:
     layout = matrix.layout
-    return Place(layout.form, matrix.dtype, device, layout.repeated, cache, bits, layout.owned, matrix.role)
+    return Place(
+        layout.form, matrix.dtype, device, layout.repeated, cache, bits, layout.owned, matrix.role, matrix.scores
+    )
 
 
 def step_size(recipe: Recipe, form: TallForm) -> tuple[float, float]:

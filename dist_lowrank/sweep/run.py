@@ -94,7 +94,7 @@ def run_points(sweep: Sweep, slots: Sequence[Mapping[str, str]], start: Start = 
                     point = waiting.pop(0)
                     point.folder.mkdir(parents=True, exist_ok=True)
                     state.set(point, "running")
-                    print(f"point {numbers[point.name]}/{total} {point.name}   prints to {point.console}", flush=True)
+                    print(f"point {numbers[point.name]}/{total} {point.name} starts", flush=True)
                     running[index] = _Running(point, start(point, slots[index]), time.monotonic())
             time.sleep(_POLL_SECONDS)
     finally:

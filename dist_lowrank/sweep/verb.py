@@ -87,6 +87,7 @@ def sweep(
     slots = environments([point.config for point in made.points], jobs)
     with locked(made):
         print(f"sweep folder {made.folder}   {len(made.points)} points, {len(slots)} at a time", flush=True)
+        print("what a point prints: points/*/console.txt there", flush=True)
         state, stopped_by = run_points(made, slots, start or start_point)
         if stopped_by:
             print("stopped; the same command goes on from here")
@@ -97,7 +98,7 @@ def sweep(
 def _compare(state: State, folder: Path, assertions: list[Assertion]) -> int:
     from dist_lowrank.compare.comparison import compare
     from dist_lowrank.compare.groups import COMPARABLE
-    from dist_lowrank.compare.markdown import markdown
+    from dist_lowrank.compare.plain_text import plain_text
 
     failed, stopped, runs = state.of("failed"), state.of("stopped"), [point.run for point in state.of("finished")]
     if not runs:
@@ -107,7 +108,7 @@ def _compare(state: State, folder: Path, assertions: list[Assertion]) -> int:
     notes += [f"Not finished and not in here: {point.name}." for point in stopped]
     paths = [str(run.path) for run in runs if run]
     found = compare(paths, allow=COMPARABLE, assertions=assertions, notes=notes)
-    print("\n" + markdown(found), end="")
+    print("\n" + plain_text(found), end="")
     write_report(found, folder)
     code = report_outcomes(found.outcomes)
     return ExitCode.FAILED if failed else ExitCode.REQUEUE if stopped else code

@@ -19,3 +19,21 @@ OF_STEP = (
 RESIDUAL = "residual"  # what was measured at the peak of such a step, less all of the above at that moment
 # On a GPU, at each logged step: what torch's allocator has and does not use, and what others have of the device.
 OF_ALLOCATOR = ("fragmentation", "outside_allocator")
+# In the order in which they are shown. A figure of a rank has a fixed place in what ranks tell each other, so a name
+# that is logged has to be here. What the allocator held at most is no cause.
+CAUSES = (*OF_MODEL, *OF_OPTIMIZER, *OF_STEP, *OF_ALLOCATOR, RESIDUAL, "allocator_peak")
+_NOT_STATE = {*OF_MODEL, *OF_STEP, *OF_ALLOCATOR, RESIDUAL, "allocator_peak"}
+_NOT_CAUSES = {*OF_ALLOCATOR, RESIDUAL, "allocator_peak"}
+
+
+def is_cause(name: str) -> bool:
+    """Whether bytes of this name add up with the others to what a rank holds."""
+    return name not in _NOT_CAUSES
+
+
+def is_state(name: str) -> bool:
+    """Whether a cause is part of what the optimizer holds between steps.
+
+    One that is not known here counts as state: an assertion about state then fails rather than holds wrongly.
+    """
+    return name not in _NOT_STATE

@@ -8,12 +8,16 @@ import math
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from dist_lowrank.telemetry.charts import Layout
+
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch.utils.tensorboard import SummaryWriter
 
 # Some versions of TensorBoard's writer rewrite other characters, and the two files would then disagree on the name.
@@ -47,18 +51,25 @@ class MetricsWriter:
 
             self._events = SummaryWriter(str(tensorboard_path))
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    @property
+    def shows_events(self) -> bool:
+        """Whether event files are written."""
+        return self._events is not None
+
+    def log(self, step: int, values: Mapping[str, float], only_events: Mapping[str, float] | None = None) -> None:
         """Writes one entry: one JSON line, and one TensorBoard scalar per value.
 
         Args:
             step: Optimizer steps done.
             values: Value by tag (see `dist_lowrank.telemetry.tags`). Integers stay integers in JSON.
+            only_events: The same numbers again, under further tags that only a chart needs.
 
         Raises:
             ValueError: A tag is `step` or `time`, or has characters that TensorBoard would change; or the writer is
                 closed.
         """
-        for tag in values:
+        scalars = {**values, **(only_events or {})}
+        for tag in scalars:
             if tag in _RESERVED or not _TAG.fullmatch(tag):
                 raise ValueError(
                     f"metric tag {tag!r}: must be letters, digits, '_', '-' and '.' in parts separated by '/', "
@@ -74,19 +85,29 @@ class MetricsWriter:
                 self._lines.flush()
             except OSError as error:
                 self._give_up_lines(error)
-        if self._events is not None:
-            try:
-                for tag, value in values.items():
-                    self._events.add_scalar(tag, float(value), step, walltime=now_seconds)
-                self._events.flush()
-            except OSError as error:
-                self._give_up_events(error)
+
+        def add(events: SummaryWriter) -> None:
+            for tag, value in scalars.items():
+                events.add_scalar(tag, float(value), step, walltime=now_seconds)
+
+        self._add(add)
 
     def text(self, tag: str, text: str) -> None:
         """Shows Markdown text, such as the resolved configuration, in TensorBoard. JSON lines hold numbers only."""
+        self._add(lambda events: events.add_text(tag, text))
+
+    def image(self, tag: str, step: int, rgb: NDArray[np.uint8]) -> None:
+        """Shows a picture, (height, width, 3), in TensorBoard."""
+        self._add(lambda events: events.add_image(tag, rgb, step, dataformats="HWC"))
+
+    def charts(self, layout: Layout) -> None:
+        """Says what TensorBoard's custom-scalars tab shows, in place of what was said before."""
+        self._add(lambda events: events.add_custom_scalars(layout))
+
+    def _add(self, to: Callable[[SummaryWriter], None]) -> None:
         if self._events is not None:
             try:
-                self._events.add_text(tag, text)
+                to(self._events)
                 self._events.flush()
             except OSError as error:
                 self._give_up_events(error)

@@ -11,6 +11,7 @@ LOSS_VALIDATION = "loss/validation"  # nats per token, weighted by tokens, over 
 PERPLEXITY_VALIDATION = "perplexity/validation"  # exp(loss/validation)
 LEARNING_RATE = "learning_rate"  # of the first parameter group, in this step
 GRADIENT_NORM = "gradient_norm"  # global l2 norm of the raw gradient, before clipping
+GRADIENT_NORM_PROJECTED = "gradient_norm/projected"  # the same of what `strategy.low_rank_gradients` leaves of it
 
 TOKENS_PER_SECOND = "throughput/tokens_per_second"  # all ranks together
 MODEL_FLOPS_PER_SECOND = "throughput/model_flops_per_second"  # all ranks together, recomputation not counted
@@ -39,3 +40,18 @@ def memory_at_peak_bytes(cause: str) -> str:
     All causes and `residual` add up to the cause `total`.
     """
     return f"memory_at_peak_bytes/{cause}"
+
+
+def memory_of_rank(rank: int, cause: str) -> str:
+    """Tag of the same bytes again, in event files alone: a chart of all causes of a rank tells ranks by the tag."""
+    return f"memory_of_rank/{rank:05d}/{cause}"
+
+
+def over_ranks(tag: str, statistic: str) -> str:
+    """Tag of the `min`, `median` or `max` over ranks of what `tag` is on each; of `worst_rank`, who has the max."""
+    return f"over_ranks/{tag}/{statistic}"
+
+
+def final(figure: str) -> str:
+    """Tag of a figure of a whole run, which TensorBoard's HParams tab sorts by."""
+    return f"final/{figure}"

@@ -83,6 +83,20 @@ def parameter_table(config: RunConfig, world_size: int) -> list[ParameterRow]:
     return rows
 
 
+def as_markdown(rows: Sequence[ParameterRow]) -> str:
+    """The table, and the sum of its bytes."""
+    lines = [
+        "| parameter | shape | path | side | n | rank | placement | state bytes |",
+        "|---|---|---|---|--:|--:|---|--:|",
+    ]
+    for row in rows:
+        size = ["" if number is None else str(number) for number in (row.n, row.rank)]
+        cells = [f"`{row.name}`", " x ".join(map(str, row.shape)), row.path, row.side, *size, row.placement]
+        lines.append(f"| {' | '.join(cells)} | {row.state_bytes:,} |")
+    total_bytes = sum(row.state_bytes for row in rows)
+    return "\n".join([*lines, f"| {len(rows)} parameters | | | | | | | {total_bytes:,} |"])
+
+
 def _dictionary_bytes(model: nn.Module, forms: Mapping[str, TallForm]) -> dict[str, int]:
     """Of shared dictionaries, whole on every rank, with their step counters."""
     first = {role_key(name, None, form.n, form.side): name for name, form in reversed(list(forms.items()))}

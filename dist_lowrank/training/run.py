@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import statistics
@@ -19,9 +20,12 @@ from dist_lowrank.config import ConfigError, RunConfig, RunFolder
 from dist_lowrank.exit_codes import ExitCode, NotFinite
 from dist_lowrank.telemetry import tags
 from dist_lowrank.telemetry.console import Console, quantity
+from dist_lowrank.telemetry.dashboard import Dashboard, writes_event_files
+from dist_lowrank.telemetry.hparams import hyperparameters, write_final
 from dist_lowrank.telemetry.memory import bytes_by_cause, state_tensors
 from dist_lowrank.telemetry.memory_tracker import MemoryTracker
 from dist_lowrank.telemetry.metrics import MetricsWriter
+from dist_lowrank.telemetry.profiling import Profiler, memory_watched
 from dist_lowrank.telemetry.throughput import StepTimer, model_flops_per_token, peak_flops_per_second
 from dist_lowrank.training.checkpoints import Checkpoints, Progress
 from dist_lowrank.training.data import load_data
@@ -30,6 +34,7 @@ from dist_lowrank.training.export import export_model, sample_text
 from dist_lowrank.training.model import blocks, build_model, data_with_tokenizer, family, route
 from dist_lowrank.training.numerics import LossSpikes, SkippedInARow, check_not_mostly_skipped
 from dist_lowrank.training.optimizers import make_schedule
+from dist_lowrank.training.parameter_table import as_markdown, parameter_table
 from dist_lowrank.training.position import Position
 from dist_lowrank.training.stop import StopReason, seconds_since_launch, stop_requests
 from dist_lowrank.training.strategy import make_strategy
@@ -58,10 +63,12 @@ def train(
     numpy.random.seed(config.seed % 2**32)
     torch.use_deterministic_algorithms(config.train.deterministic)
     rank = dist.get_rank()
-    tensorboard = folder.tensorboard(rank) if config.telemetry.tensorboard else None
+    shown = writes_event_files(config.telemetry, rank, dist.get_world_size())
+    tensorboard = folder.tensorboard(rank) if shown else None
     console = Console(enabled=rank == 0, interval=config.telemetry.console_interval)
     requests = stop_requests(_seconds_until_limit(config))
-    with requests as stop, console, MetricsWriter(folder.metrics(rank), tensorboard) as metrics:
+    memory = memory_watched(folder.traces, rank, device, history=config.telemetry.memory_history)
+    with requests as stop, console, MetricsWriter(folder.metrics(rank), tensorboard) as metrics, memory:
         trainer = Trainer(config, folder, device, console, metrics)
         return trainer.run(stop, watch(trainer.position) if watch else nullcontext())
 
@@ -100,7 +107,6 @@ class Trainer:
         except (ValueError, ConnectionError) as error:
             raise ConfigError(str(error)) from error
         model = build_model(config).to(device)
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self.model_configuration = model.config
         self.flops_per_token = model_flops_per_token(model, config.data.sequence_length)
         self._announce(model, route(model, config))
@@ -112,6 +118,12 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, config.schedule, config.train.steps)
         self.timer = StepTimer(device)
         self._time_optimizer()
+        projected = config.strategy.low_rank_gradients
+        self._norm_tag = tags.GRADIENT_NORM_PROJECTED if projected else tags.GRADIENT_NORM
+        self.dashboard = Dashboard(config.telemetry, metrics, device)
+        rank = dist.get_rank()
+        demand = folder.trace_demand if rank == 0 else None
+        self.profiler = Profiler(folder.traces, rank, device, config.telemetry.profile_steps, demand)
         self.position = Position()
         self.skipped_in_a_row = SkippedInARow(config.train.max_skipped_steps)
         self.spikes = LossSpikes()
@@ -135,6 +147,8 @@ class Trainer:
                 f"{path if group.get('low_rank', True) else 'dense'}: {len(parameters)} parameters, "
                 f"{quantity(sum(p.numel() for p in parameters))} elements: {', '.join(families)}"
             )
+        if self.config.strategy.low_rank_gradients:
+            self.console.line("between refreshes ranks sum coefficients of gradients; clip_norm is of what they span")
         if self.data.unigram_loss is not None:
             self.console.line(f"unigram model: validation loss {self.data.unigram_loss:.4f}")
 
@@ -142,7 +156,7 @@ class Trainer:
         """Trains from where it is; see `train`."""
         steps = self.config.train.steps
         self.console.start(steps)
-        self.metrics.text("run/parameters", "\n".join(f"    {name}: {shape}" for name, shape in self.shapes.items()))
+        self._describe()
         done = self.checkpoints.resume()
         if done == 0:
             self._evaluate(0)
@@ -151,7 +165,7 @@ class Trainer:
         with watch or nullcontext():
             for step in range(done + 1, steps + 1):
                 try:
-                    with self._memory_tracked(step):
+                    with self.profiler.traced(step), self._memory_tracked(step):
                         asked = self._step(step, stop)
                 except NotFinite:  # on all ranks
                     self.checkpoints.close()
@@ -185,6 +199,13 @@ class Trainer:
     def _held(self) -> dict[str, list[torch.Tensor]]:
         return {**self.strategy.tensors(), **state_tensors(self.optimizer)}
 
+    def _describe(self) -> None:
+        """In TensorBoard's text tab."""
+        if dist.get_rank() == 0 and self.metrics.shows_events:
+            self.metrics.text("run/parameters", as_markdown(parameter_table(self.config, self.world_size)))
+            configuration = json.loads((self.folder.attempt_path / "run.json").read_text())["config"]
+            self.metrics.text("run/configuration", f"```json\n{json.dumps(configuration, indent=2)}\n```")
+
     def _save(self, step: int) -> None:
         self.position.enter("save", step)
         with self.timer.paused():
@@ -192,6 +213,7 @@ class Trainer:
 
     def _stop(self, step: int, reason: StopReason) -> ExitCode:
         """Ends an unfinished run in good order."""
+        self.profiler.close(step)
         if self.config.checkpoint.at_end:
             self._save(step)
         self.checkpoints.close()
@@ -213,11 +235,13 @@ class Trainer:
         self.position.enter("step")
         # One sum tells all ranks the same: the mean loss, whether anything is not finite, whether to stop or to save.
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        flags = [StopReason.INTERRUPT in stop, bool(stop), self.checkpoints.due_by_clock]
+        flags = [StopReason.INTERRUPT in stop, bool(stop), self.checkpoints.due_by_clock, self.profiler.is_demanded()]
         asked = torch.tensor(flags, dtype=torch.float64, device=self.device)
         vote = torch.cat([torch.stack([loss.double(), bad.double()]), asked])
         dist.all_reduce(vote)
-        mean_loss, bad_ranks, interrupts, requests, saving = vote.tolist()
+        mean_loss, bad_ranks, interrupts, requests, saving, tracing = vote.tolist()
+        if tracing:
+            self.profiler.demand_after(step)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         due = step % config.telemetry.log_interval == 0 or step == config.train.steps
         memory = bytes_by_cause(self.strategy.tensors(), self.optimizer) if due else {}
@@ -269,7 +293,7 @@ class Trainer:
         values: dict[str, float] = {
             tags.LOSS_TRAIN: loss,
             tags.LEARNING_RATE: float(learning_rate),
-            tags.GRADIENT_NORM: self.strategy.gradient_norm,
+            self._norm_tag: self.strategy.gradient_norm,
             tags.TOKENS_PER_SECOND: times.tokens_per_second,
             tags.OPTIMIZER_MILLISECONDS: times.optimizer_milliseconds,
             tags.OPTIMIZER_SHARE: times.optimizer_share,
@@ -288,7 +312,7 @@ class Trainer:
                 share for matrix, share in captured.items() if family(matrix) == name
             )
         values |= {tags.memory_bytes(cause): count for cause, count in memory.items()}
-        self.metrics.log(step, values)
+        self.dashboard.log(step, values)
         self.console.step(
             step,
             loss=loss,
@@ -323,6 +347,8 @@ class Trainer:
 
     def _finish(self, step: int) -> None:
         config, line = self.config, self.console.line
+        self.profiler.close(step)
+        figures = self.dashboard.final_figures()
         if config.train.export:
             weights = self.strategy.whole_weights()
             if dist.get_rank() == 0:
@@ -338,8 +364,13 @@ class Trainer:
                     "first_validation_loss": self.progress.first_validation_loss,
                     "validation_loss": self.progress.validation_loss,
                     "unigram_loss": self.data.unigram_loss,
+                    **figures,
                 }
             )
+            if self.metrics.shows_events:
+                figures = {"validation_loss": self.progress.validation_loss, **figures}
+                chosen = hyperparameters(config, self.world_size)
+                write_final(self.folder.tensorboard_final, chosen, figures, step)
         line(f"validation loss {self.progress.first_validation_loss:.4f} -> {self.progress.validation_loss:.4f}")
         line(f"run folder {self.folder.path}")
         if config.train.export:

@@ -21,6 +21,7 @@ from dist_lowrank.config import RunConfig
 from dist_lowrank.config.deepspeed_json import deepspeed_json
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.given import GivenParameters
+from dist_lowrank.optim.gradient_sync import sum_coefficients
 from dist_lowrank.sharding.layouts import TallForm
 from dist_lowrank.strategies import apply_strategy, autocast, gradient_sync
 from dist_lowrank.telemetry.memory import model_tensors
@@ -72,6 +73,10 @@ class Native:
         self.model: Any = apply_strategy(model, blocks(model), config.strategy, config.precision, forms, device)
         # Sharding replaced the parameters; the names and the routing are the same.
         self.optimizer = make_optimizer(config, route(model, config))
+        if config.strategy.low_rank_gradients:
+            assert isinstance(self.model, DistributedDataParallel)
+            assert isinstance(self.optimizer, LowRankOptimizer)
+            sum_coefficients(self.model, self.optimizer)
         self.gradient_norm = math.nan
 
     def forward(self) -> Any:

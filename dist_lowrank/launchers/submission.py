@@ -1,0 +1,66 @@
+"""Starts what was rendered, and waits for the commands that do it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dist_lowrank.exit_codes import ExitCode
+from dist_lowrank.launchers.job import Job
+from dist_lowrank.launchers.rendering import RENDERERS
+
+
+def submit(job: Job[Any]) -> int:
+    """Runs the job's commands side by side; signals go to all of them.
+
+    When one fails the others get `launcher.stop_seconds` to end by themselves, unless the run can go on without it.
+
+    Returns:
+        The exit code of the command that failed first; 0 if none did.
+    """
+    elastic = getattr(job.launcher, "min_nodes", None) is not None
+    code = 0
+    running: list[subprocess.Popen[bytes]] = []
+    with _passing_on(running):
+        for command in RENDERERS[job.launcher.name].commands(job):
+            try:
+                running.append(subprocess.Popen(command))
+            except OSError as error:
+                print(f"error: {command[0]}: {error.strerror}; the files are written", file=sys.stderr)
+                code = ExitCode.FAILED
+        deadline = None
+        while any(process.poll() is None for process in running):
+            code = code or next((process.returncode for process in running if process.returncode), 0)
+            if code and not elastic and deadline is None:
+                deadline = time.monotonic() + job.launcher.stop_seconds
+            if deadline is not None and time.monotonic() > deadline:
+                _signal_all(running, signal.SIGTERM)
+                deadline = float("inf")
+            time.sleep(0.1)
+        return code or next((process.returncode for process in running if process.returncode), 0)
+
+
+@contextmanager
+def _passing_on(running: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """While it lasts, signals to this process go to the commands; Ctrl-C reaches them from the terminal by itself."""
+    previous = {
+        number: signal.signal(number, lambda received, _: _signal_all(running, received))
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    }
+    previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _signal_all(running: list[subprocess.Popen[bytes]], number: int) -> None:
+    for process in running:
+        if process.poll() is None:
+            process.send_signal(number)
