@@ -13,9 +13,7 @@ from dist_lowrank.planning.parameters import PlannedParameter, planned_parameter
 from dist_lowrank.planning.shares import Bytes, Counts
 from dist_lowrank.planning.state import optimizer_bytes
 from dist_lowrank.planning.weights import strategy_buffers, weight_bytes
-from dist_lowrank.telemetry.causes import OF_STEP
-
-OF_UPDATE = ("refresh_workspace", "collective_buffers")
+from dist_lowrank.telemetry.causes import CAUSES, OF_STEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,8 @@ class Plan:
     def by_cause(self) -> Bytes:
         """All causes: `held`, then `step`, which is the same on all ranks."""
         ranks = numpy.ones(self.world_size, dtype=numpy.int64)
-        return {**self.held, **{cause: count * ranks for cause, count in self.step.items() if count}}
+        found = {**self.held, **{cause: count * ranks for cause, count in self.step.items() if count}}
+        return {cause: found[cause] for cause in CAUSES if cause in found}
 
 
 class Planner:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy
 
 from dist_lowrank.config.schema import RunConfig
 from dist_lowrank.planning.plan import Plan
-from dist_lowrank.planning.shares import Bytes, Counts
+from dist_lowrank.planning.shares import Bytes
+from dist_lowrank.tables import empty_table
 from dist_lowrank.training.traffic_forecast import TrafficRow
 
 EACH_RANK = 16  # up to so many ranks, each is told
@@ -50,14 +51,14 @@ def rows(plan: Plan) -> Bytes:
 
 
 def columns(plan: Plan) -> list[tuple[str, Mapping[str, int]]]:
-    """Headings and numbers: ranks that hold the same are one column; of many ranks the least, median, most and worst."""
+    """Headings and numbers: ranks that hold the same are one column; of many ranks the least, median, most, worst."""
     table = rows(plan)
     if plan.world_size <= EACH_RANK:
         by_rank = [tuple(int(table[name][rank]) for name in table) for rank in range(plan.world_size)]
         found = []
         for values, members in groupby(range(plan.world_size), key=by_rank.__getitem__):
             first, *others = members
-            found.append((_ranks(first, first + len(others)), dict(zip(table, values, strict=True))))
+            found.append((ranks_name(first, first + len(others)), dict(zip(table, values, strict=True))))
         return found
     worst = plan.worst_rank
     return [
@@ -76,7 +77,7 @@ def kinds_of_ranks(plan: Plan) -> list[dict[str, Any]]:
     edges = [0, *changes.tolist(), plan.world_size]
     return [
         {"first_rank": first, "last_rank": stop - 1, "bytes": {name: int(each[first]) for name, each in table.items()}}
-        for first, stop in zip(edges[:-1], edges[1:], strict=True)
+        for first, stop in pairwise(edges)
     ]
 
 
@@ -102,8 +103,6 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def print_report(report: Report) -> None:
     """To the console."""
-    from dist_lowrank.tables import empty_table
-
     plan, config = report.plan, report.config
     print(
         f"plan       {config.model.name}, {config.optimizer.name}, {config.strategy.name}, {config.precision.name}: "
@@ -116,7 +115,9 @@ def print_report(report: Report) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for name in rows(plan):
         mark = " ~" if name in plan.step else ""
-        table.add_row(name + mark, *(f"{numbers[name]:,}" for _, numbers in found), end_section=name not in _MOMENTS[:2])
+        table.add_row(
+            name + mark, *(f"{numbers[name]:,}" for _, numbers in found), end_section=name not in _MOMENTS[:2]
+        )
     console.print(table)
     if plan.world_size > EACH_RANK:
         print(_told_kinds(plan))
@@ -147,13 +148,11 @@ def verdict_line(report: Report) -> str:
 
 def _told_kinds(plan: Plan) -> str:
     kinds = kinds_of_ranks(plan)
-    told = [_ranks(kind["first_rank"], kind["last_rank"]) for kind in kinds[:4]]
+    told = [ranks_name(kind["first_rank"], kind["last_rank"]) for kind in kinds[:4]]
     return f"{len(kinds)} kinds of ranks: {', '.join(told)}{', ...' if len(kinds) > 4 else ''} (all with --json)"
 
 
 def _print_traffic(report: Report) -> None:
-    from dist_lowrank.tables import empty_table
-
     console, table = empty_table()
     for heading in ("sent by rank 0", "step", "purpose", "operation"):
         table.add_column(heading, no_wrap=True)
@@ -166,11 +165,10 @@ def _print_traffic(report: Report) -> None:
         console.print(table)
 
 
-def _ranks(first: int, last: int) -> str:
+def ranks_name(first: int, last: int) -> str:
+    """Of one rank, or of a run of neighbours."""
     return f"rank {first}" if first == last else f"ranks {first}-{last}"
 
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
-
-
