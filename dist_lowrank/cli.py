@@ -11,12 +11,11 @@ from dist_lowrank.compare.verb import add_compare
 from dist_lowrank.doctor.verb import add_doctor
 from dist_lowrank.exit_codes import ExitCode
 from dist_lowrank.launchers.verb import add_launch, start
+from dist_lowrank.planning.verb import add_plan
 from dist_lowrank.sweep.verb import add_sweep
+from dist_lowrank.tables import empty_table
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from dist_lowrank.training.parameter_table import ParameterRow
     from dist_lowrank.training.traffic_forecast import TrafficRow
 
@@ -64,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_sweep(verbs)
     add_launch(verbs)
     add_doctor(verbs)
+    add_plan(verbs)
     options = parser.parse_args(arguments)
     try:
         from dist_lowrank.config import ConfigError
@@ -122,19 +122,8 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
-def _empty_table(*, footer: bool) -> tuple[Console, Table]:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=10_000)  # a file has no width to fit
-    return console, Table(box=box.SIMPLE if console.is_terminal else None, show_footer=footer, pad_edge=False)
-
-
 def _print_traffic(rows: Sequence[TrafficRow]) -> None:
-    console, table = _empty_table(footer=False)
+    console, table = empty_table()
     for heading in ("step", "purpose", "operation"):
         table.add_column(heading, no_wrap=True)
     for heading in ("collectives", "bytes"):
@@ -145,7 +134,7 @@ def _print_traffic(rows: Sequence[TrafficRow]) -> None:
 
 
 def _print_parameters(rows: Sequence[ParameterRow]) -> None:
-    console, table = _empty_table(footer=True)
+    console, table = empty_table(footer=True)
     table.add_column("parameter", footer=f"{len(rows)} parameters", overflow="fold")
     for heading in ("shape", "path", "side"):
         table.add_column(heading, no_wrap=True)

@@ -13,6 +13,7 @@ class ExitCode(IntEnum):
     CONFIGURATION = 2  # refused; nothing was started
     NOT_HELD = 3  # of `compare` and `sweep`: an assertion does not hold
     UNFIT = 4  # of `doctor`: something failed that training needs
+    DOES_NOT_FIT = 5  # of `plan`: a rank needs more memory than the device has
     RANKS_DIFFER = 66  # in configuration, code or versions
     NOT_FINITE = 67  # loss or gradients, too often
     CHECKPOINT = 69  # cannot be read, or is not of this run

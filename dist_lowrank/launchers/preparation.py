@@ -149,6 +149,22 @@ def resolve_processes(config: RunConfig, visible_gpus: int | None = None) -> tup
 
 
 def check_world(config: RunConfig, world_size: int) -> None:
+    """Refuses what does not fit the number of processes, or is not installed.
+
+    Raises:
+        ConfigError: naming the key, its value and values near it that would do.
+    """
+    check_sizes(config, world_size)
+    if config.strategy.zero_stage is not None:
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ConfigError(
+                f"strategy: {config.strategy.name} is not allowed, package deepspeed is not installed; allowed: fsdp, "
+                "hsdp, ddp (or install dist-lowrank with its extra [deepspeed])"
+            )
+        deepspeed_json(config, world_size)  # for its checks
+
+
+def check_sizes(config: RunConfig, world_size: int) -> None:
     """Refuses sizes that do not fit the number of processes.
 
     Raises:
@@ -167,10 +183,3 @@ def check_world(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             f"strategy.shard_size: {shard} is not allowed with {world_size} processes; allowed: {', '.join(divisors)}"
         )
-    if config.strategy.zero_stage is not None:
-        if importlib.util.find_spec("deepspeed") is None:
-            raise ConfigError(
-                f"strategy: {config.strategy.name} is not allowed, package deepspeed is not installed; allowed: fsdp, "
-                "hsdp, ddp (or install dist-lowrank with its extra [deepspeed])"
-            )
-        deepspeed_json(config, world_size)  # for its checks

@@ -22,6 +22,7 @@ from dist_lowrank.sharding.layouts import LayoutError, TallForm
 from dist_lowrank.strategies import shard_count, shard_dimension
 
 Counts = NDArray[numpy.int64]  # one per rank
+Bytes = dict[str, Counts]  # by cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,13 @@ def shares_under_zero(
             stored = numpy.full(world_size, length, dtype=numpy.int64) if stage == 3 else last - first
             yield parameter, Share(last - first, stored, _rows_of_flat(parameter.form, first, last, world_size))
             start += elements
+
+
+def flat_length(members: Sequence[PlannedParameter], stage: int, world_size: int) -> int:
+    """Elements of one rank's flat tensor of a parameter group, with padding."""
+    if stage == 3:
+        return sum(-(-each.tensor.numel() // world_size) for each in members)
+    return math.ceil(sum(each.tensor.numel() for each in members) / (2 * world_size)) * 2
 
 
 def _rows_of_flat(form: TallForm | None, first: Counts, last: Counts, world_size: int) -> Counts:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy
 import torch
+from torch import Tensor
 
 from dist_lowrank.config.optimizers import AdamWConfig
 from dist_lowrank.config.schema import RunConfig
@@ -14,14 +14,18 @@ from dist_lowrank.fast_transforms import FAST_TRANSFORMS, FastTransform
 from dist_lowrank.optim.blocks import Blocks
 from dist_lowrank.optim.columns import DictionaryColumns
 from dist_lowrank.optim.dense import arithmetic_dtype
+from dist_lowrank.optim.dion import DionRecipe
+from dist_lowrank.optim.projections import RandomizedSvd, Svd, SvdThenRandom
+from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.shared_columns import SharedColumns
 from dist_lowrank.optim.shared_dictionary import role_key, shares_dictionary
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.planning.parameters import PlannedParameter, by_group
-from dist_lowrank.planning.shares import Counts, shards_of, shares
+from dist_lowrank.planning.shares import Bytes, Counts, flat_length, shards_of, shares
+from dist_lowrank.sharding.layouts import TallForm
+from dist_lowrank.subspaces import index_dtype
 
 COUNTER_BYTES = 4  # of steps, one per parameter or part of one
-Bytes = dict[str, Counts]  # by cause
 
 
 def optimizer_bytes(
@@ -51,6 +55,9 @@ def optimizer_bytes(
         if parameter.specs is None:
             add("dense_moments", 2 * number * share.elements * parameter.state_dtype.itemsize)
             continue
+        assert parameter.recipe is not None
+        assert parameter.form is not None
+        add("diagnostics", number * _diagnostics_bytes(parameter.recipe, parameter.form, parameter.tensor, step))
         for spec in parameter.specs.values():
             if spec.dormant:
                 assert isinstance(parameter.recipe, Blocks)
@@ -71,6 +78,18 @@ def optimizer_bytes(
 
 def _tensor_bytes(spec: StateTensor, rows: Counts) -> Counts:
     return spec.columns * spec.dtype.itemsize * (rows if spec.sharded else numpy.full_like(rows, spec.rows or 1))
+
+
+def _diagnostics_bytes(recipe: Recipe, form: TallForm, parameter: Tensor, step: int | None) -> int:
+    """What is kept of the last choice to be told: the energy that it captured, and the columns before it."""
+    subspace = getattr(recipe, "subspace", None)
+    if isinstance(subspace, Svd | RandomizedSvd | SvdThenRandom) or isinstance(recipe, DionRecipe):
+        return torch.float64.itemsize
+    if not isinstance(subspace, DictionaryColumns):
+        return 0
+    choices = 2 if step is None else sum(recipe.refreshes(each) for each in range(1, step + 1))
+    columns = form.rank * index_dtype(form.n).itemsize if choices > 1 else 0
+    return arithmetic_dtype(parameter).itemsize + columns
 
 
 def _awake(dormant: Sequence[tuple[Blocks, Counts]], steps: range) -> Counts:
@@ -140,11 +159,12 @@ def _one_dictionary(subspace: DictionaryColumns, n: int, dtype: torch.dtype, tra
     if name in FAST_TRANSFORMS and transform != "gemm":
         # A CPU may have scipy's, which keeps nothing.
         device = torch.device("cpu" if device_type == "cpu" else "meta")
-        size_bytes += FastTransform(name, n, dtype=dtype, device=device).storage_bytes
+        twiddle = FastTransform(name, n, dtype=dtype, device=device).twiddle
+        size_bytes += 0 if twiddle is None else twiddle.untyped_storage().nbytes()
     return size_bytes
 
 
-def _of_torchs_adamw(config: RunConfig, parameters: Sequence[PlannedParameter], shards: int, world_size: int) -> Counts:
+def _of_torchs_adamw(config: RunConfig, parameters: Sequence[PlannedParameter], world_size: int) -> Counts:
     total = numpy.zeros(world_size, dtype=numpy.int64)
     stage = config.strategy.zero_stage
     if stage:  # a flat tensor for each group, with its padding
@@ -155,10 +175,3 @@ def _of_torchs_adamw(config: RunConfig, parameters: Sequence[PlannedParameter], 
         itemsize = 4 if stage == 0 else parameter.state_dtype.itemsize
         total += number * (2 * share.elements * itemsize + COUNTER_BYTES)
     return total
-
-
-def flat_length(members: Sequence[PlannedParameter], stage: int, world_size: int) -> int:
-    """Elements of one rank's flat tensor of a parameter group, with padding."""
-    if stage == 3:
-        return sum(-(-each.tensor.numel() // world_size) for each in members)
-    return math.ceil(sum(each.tensor.numel() for each in members) / (2 * world_size)) * 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from dist_lowrank.telemetry.memory_tracker import MemoryTracker, StepMemory
 from dist_lowrank.training.evaluate import next_token_loss
 from dist_lowrank.training.model import blocks, build_model, low_rank_forms, route
 from dist_lowrank.training.optimizers import make_optimizer
-from dist_lowrank.training.traffic_forecast import optimizer_on_flat_tensors, pretended_rank
+from dist_lowrank.training.traffic_forecast import TrafficRow, optimizer_on_flat_tensors, pretended_rank, traffic_of
 
 MOST_PIECES = 8192  # that a rank exchanges with others: beyond, following each takes too long
 CPU = torch.device("cpu")
@@ -40,14 +40,15 @@ Bytes = Mapping[str, int]  # by cause
 class Trace:
     """Of a model of some blocks, on one rank: bytes by cause at the peaks, without weights and state."""
 
-    blocks: int
     forward_backward: Mapping[int, Bytes]  # by micro-batch size; with the gradients that are there at that moment
+    traffic: Sequence[TrafficRow]  # what the optimizer sends
     update: Bytes | None  # of a step that refreshes; None: not followed
     update_between: Bytes | None  # of one that does not, if there are such
-    most_update_bytes: int  # that the arithmetic of matrices can need at once, by the workspace setting
+    held_update_bytes: int  # if all matrices were updated at once, at most
+    most_update_bytes: int  # as the workspace setting bounds it
 
 
-class _StepsAsNumbers(TorchDispatchMode):
+class _StepsAsNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Answers code that reads numbers off tensors, of which fake ones have none: counters of steps, and comparisons."""
 
     step = 1
@@ -58,28 +59,31 @@ class _StepsAsNumbers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def trace(config: RunConfig, world_size: int, block_count: int, micro_batch_sizes: Sequence[int]) -> Trace:
-    """Follows rank 0 through forward and backward passes of a model of `block_count` blocks, and through updates.
+def trace(config: RunConfig, world_size: int, block_count: int | None, micro_batch_sizes: Sequence[int]) -> Trace:
+    """Follows rank 0 through forward and backward passes and through updates.
 
     Under DeepSpeed the passes are those of the plain model, without what DeepSpeed itself holds.
+
+    Args:
+        block_count: of a model cut short; None: all.
     """
-    config = with_blocks(config, block_count)
+    config = config if block_count is None else with_blocks(config, block_count)
     with pretended_rank(0, world_size):
         model = build_model(config, meta=True)
         if config.strategy.name in ("fsdp", "hsdp"):
             forms = low_rank_forms(route(model, config), config)
             apply_strategy(model, blocks(model), config.strategy, config.precision, forms, CPU)
-        numbers = _StepsAsNumbers()
+        numbers = _StepsAsNumbers()  # type: ignore[no-untyped-call]
         with FakeTensorMode(allow_non_fake_inputs=True), numbers:
             model.to_empty(device=CPU)
             passes = {size: _forward_backward(config, model, size, world_size) for size in micro_batch_sizes}
             optimizer = _make_optimizer(config, model)
             jobs = _jobs(optimizer)
-            bound = _most_bytes(optimizer, jobs)
+            bounds, traffic = _bounds(optimizer, jobs), _traffic(config, optimizer)
             takes_turns = any(isinstance(recipe, Blocks) for _, recipe in jobs)
             if takes_turns or sum(map(_pieces, jobs)) > MOST_PIECES:
-                return Trace(block_count, passes, None, None, bound)
-            return Trace(block_count, passes, *_updates(config, model, optimizer, numbers), bound)
+                return Trace(passes, traffic, None, None, *bounds)
+            return Trace(passes, traffic, *_updates(config, model, optimizer, numbers), *bounds)
 
 
 def with_blocks(config: RunConfig, count: int) -> RunConfig:
@@ -113,7 +117,10 @@ def _forward_backward(config: RunConfig, model: nn.Module, size: int, world_size
             del tokens, loss
     for parameter in model.parameters():
         parameter.grad = None
-    return _transients(tracker.told())
+    memory = tracker.told()
+    if config.strategy.zero_stage:  # keeps gradients otherwise than this model, which would move the peak
+        return {"gradients": 0, **memory.most}
+    return _transients(memory)
 
 
 def _transients(memory: StepMemory) -> dict[str, int]:
@@ -140,7 +147,7 @@ def _update(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: _StepsA
     )
     if isinstance(optimizer, LowRankOptimizer):
         optimizer.bind()
-        optimizer._unchecked = []  # replicas cannot be compared without data
+        optimizer._unchecked, optimizer.verify_every = [], 0  # ranks cannot be compared without data
     with tracker:
         optimizer.step()
     held = _transients(tracker.told())
@@ -157,9 +164,11 @@ def _make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimize
         optimizer: Any = optimizer_on_flat_tensors(config, model, "cpu")
     else:
         optimizer = make_optimizer(config, route(model, config))
-    if isinstance(optimizer, LowRankOptimizer):
-        optimizer.verify_every = 0
-    return optimizer
+    return cast(torch.optim.Optimizer, optimizer)
+
+
+def _traffic(config: RunConfig, optimizer: torch.optim.Optimizer) -> list[TrafficRow]:
+    return traffic_of(config, optimizer) if isinstance(optimizer, LowRankOptimizer) else []
 
 
 def _jobs(optimizer: torch.optim.Optimizer) -> list[Job]:
@@ -173,13 +182,13 @@ def _jobs(optimizer: torch.optim.Optimizer) -> list[Job]:
     ]
 
 
-def _most_bytes(optimizer: torch.optim.Optimizer, jobs: Sequence[Job]) -> int:
-    """What the arithmetic of matrices needs at most: a wave, and the scratch of one matrix."""
+def _bounds(optimizer: torch.optim.Optimizer, jobs: Sequence[Job]) -> tuple[int, int]:
+    """What the arithmetic of matrices needs at most: for all at once, and as the workspace setting cuts it in waves."""
     if not jobs:
-        return 0
+        return 0, 0
     assert isinstance(optimizer, LowRankOptimizer)
-    wave = max(optimizer.workspace_bytes, *(held_bytes(*job) for job in jobs))
-    return wave + max(scratch_bytes(*job) for job in jobs)
+    held, scratch = [held_bytes(*job) for job in jobs], max(scratch_bytes(*job) for job in jobs)
+    return sum(held) + scratch, max(optimizer.workspace_bytes, *held) + scratch
 
 
 def _pieces(job: Job) -> int:

@@ -42,17 +42,21 @@ def forecast_traffic(config: RunConfig, world_size: int) -> list[TrafficRow]:
     if isinstance(config.optimizer, AdamWConfig):
         return _by_purpose("every step", [])
     with pretended_rank(0, world_size):
-        optimizer = optimizer_on_layouts(config, build_model(config, meta=True))
-        at_refresh = collectives_of_step(optimizer, refresh=True)
-        otherwise = collectives_of_step(optimizer, refresh=False)
-        changing = collectives_of_dictionaries(optimizer)
-        verifying = []
-        if optimizer.verify_every:
-            verifying = collectives_of_step(optimizer, refresh=True, verification=True)[len(at_refresh) :]
-        if isinstance(config.optimizer, DCTAdamWConfig | ProjectedConfig) and config.optimizer.refresh_stagger:
-            one_interval = range(2, config.optimizer.refresh_interval + 2)  # after the first step, at which all choose
-            steps = (collectives_of_step(optimizer, step=step) for step in one_interval)
-            at_refresh = max(steps, key=lambda sent: sum(each.bytes for each in sent))
+        return traffic_of(config, optimizer_on_layouts(config, build_model(config, meta=True)))
+
+
+def traffic_of(config: RunConfig, optimizer: LowRankOptimizer) -> list[TrafficRow]:
+    """By kind of step and purpose, of an optimizer on the layouts of a run."""
+    at_refresh = collectives_of_step(optimizer, refresh=True)
+    otherwise = collectives_of_step(optimizer, refresh=False)
+    changing = collectives_of_dictionaries(optimizer)
+    verifying = []
+    if optimizer.verify_every:
+        verifying = collectives_of_step(optimizer, refresh=True, verification=True)[len(at_refresh) :]
+    if isinstance(config.optimizer, DCTAdamWConfig | ProjectedConfig) and config.optimizer.refresh_stagger:
+        one_interval = range(2, config.optimizer.refresh_interval + 2)  # after the first step, at which all choose
+        steps = (collectives_of_step(optimizer, step=step) for step in one_interval)
+        at_refresh = max(steps, key=lambda sent: sum(each.bytes for each in sent))
     if at_refresh == otherwise:
         rows = _by_purpose("every step", at_refresh)
     else:

@@ -1,0 +1,141 @@
+"""`dist-lowrank plan`: its options, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dist_lowrank.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from dist_lowrank.config import RunConfig
+    from dist_lowrank.planning.plan import Planner
+    from dist_lowrank.planning.report import Verdict
+
+_EPILOG = """\
+examples:
+  dist-lowrank plan model=llama_7b precision=bf16 --world-size 8 --device h100
+  dist-lowrank plan experiment=c4_galore strategy=zero2 --world-size 16 --nodes 2 --device 24GiB --margin 0.05
+  dist-lowrank plan --reconcile runs/llama_tiny-dct_adamw-3f0c62b1a9de
+
+exit codes: 0 it fits, or nobody asked whether; 1 failed; 2 refused; 4 it does not fit the device
+"""
+
+
+def add_plan(verbs: argparse._SubParsersAction[Any]) -> None:
+    """Adds the verb to the command's parser."""
+    summary = "tell the memory of every rank by cause, and what is sent, before anything starts; needs no GPU"
+    parser = verbs.add_parser(
+        "plan",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]} (docs/planning.md).",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of `train`, such as model=llama_7b")
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks in all; default: as the launcher starts")
+    parser.add_argument("--nodes", type=int, metavar="N", help="on which they are, for strategy=hsdp; default: 1")
+    parser.add_argument(
+        "--device", metavar="NAME", help="such as h100 or 80GiB; default: the GPU here, if there is one"
+    )
+    parser.add_argument("--margin", type=float, default=0.1, metavar="SHARE", help="left free; default: 0.1")
+    parser.add_argument("--no-trace", action="store_true", help="leave out what is estimated: faster, no verdict")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every rank")
+    parser.add_argument("--reconcile", metavar="RUN", help="compare the plan of a run with what it measured")
+    parser.set_defaults(action=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    if options.reconcile:
+        return _reconcile(options)
+    from dist_lowrank.config import compose
+
+    config, world_size, device_type = _resolve(compose(options.overrides), options)
+    capacity = _capacity(options)  # refused before the work
+
+    from dist_lowrank.planning.plan import Planner
+    from dist_lowrank.planning.report import Report, as_json, print_report
+    from dist_lowrank.planning.traffic import strategy_traffic
+    from dist_lowrank.training.traffic_forecast import forecast_traffic
+
+    planner = Planner(config, world_size, device_type, traced=not options.no_trace)
+    plan = planner.plan()
+    sent = planner.estimate.traffic if planner.estimate else forecast_traffic(config, world_size)
+    verdict = _verdict(planner, *capacity, options.margin) if capacity and not options.no_trace else None
+    report = Report(config, plan, verdict, sent, strategy_traffic(config, planner.parameters, world_size))
+    if options.json:
+        print(json.dumps(as_json(report), indent=1))
+    else:
+        print_report(report)
+    return ExitCode.DOES_NOT_FIT if verdict is not None and not verdict.fits else ExitCode.FINISHED
+
+
+def _resolve(config: RunConfig, options: argparse.Namespace) -> tuple[RunConfig, int, str]:
+    """The configuration on the ranks that are asked for, their number, and the type of their device."""
+    from dist_lowrank.config import ConfigError
+    from dist_lowrank.launchers.preparation import check_sizes, planned_processes
+
+    for name in ("world_size", "nodes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: {value} is not allowed; allowed: an integer >= 1")
+    if options.world_size is None:
+        device_type, world_size = planned_processes(config)
+    else:
+        device_type, world_size = config.launcher.device, options.world_size
+    if options.device:
+        device_type = "cuda"
+    nodes = options.nodes or getattr(config.launcher, "nodes", 1)
+    if world_size % nodes:
+        raise ConfigError(f"--nodes: {nodes} is not allowed with {world_size} ranks; allowed: a divisor of them")
+    if config.strategy.name == "hsdp" and config.strategy.shard_size is None:
+        config = replace(config, strategy=replace(config.strategy, shard_size=world_size // nodes))
+    check_sizes(config, world_size)
+    return config, world_size, device_type
+
+
+def _capacity(options: argparse.Namespace) -> tuple[str, int] | None:
+    """Name and bytes of the device, if there is one to fit."""
+    from dist_lowrank.config import ConfigError
+    from dist_lowrank.planning.devices import capacity_bytes
+
+    if not 0 <= options.margin < 1:
+        raise ConfigError(f"--margin: {options.margin:g} is not allowed; allowed: a share of the device in [0, 1)")
+    if options.device:
+        return options.device, capacity_bytes(options.device)
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return properties.name, properties.total_memory
+
+
+def _verdict(planner: Planner, device: str, capacity_bytes: int, margin: float) -> Verdict:
+    from dist_lowrank.planning.fit import largest_micro_batch, largest_rank
+    from dist_lowrank.planning.report import Verdict
+
+    allowed_bytes, peak_bytes = int(capacity_bytes * (1 - margin)), int(planner.plan().peak_bytes.max())
+    return Verdict(
+        device,
+        capacity_bytes,
+        margin,
+        allowed_bytes,
+        peak_bytes,
+        peak_bytes <= allowed_bytes,
+        largest_micro_batch(planner, allowed_bytes),
+        largest_rank(planner, allowed_bytes),
+    )
+
+
+def _reconcile(options: argparse.Namespace) -> int:
+    from dist_lowrank.planning.reconcile import print_reconciled, reconcile
+
+    found = reconcile(options.reconcile)
+    if options.json:
+        print(json.dumps(found.as_json(), indent=1))
+    else:
+        print_reconciled(found)
+    return ExitCode.FINISHED
