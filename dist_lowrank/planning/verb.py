@@ -20,7 +20,7 @@ examples:
   dist-lowrank plan experiment=c4_galore strategy=zero2 --world-size 16 --nodes 2 --device 24GiB --margin 0.05
   dist-lowrank plan --reconcile runs/llama_tiny-dct_adamw-3f0c62b1a9de
 
-exit codes: 0 it fits, or nobody asked whether; 1 failed; 2 refused; 4 it does not fit the device
+exit codes: 0 it fits, or nobody asked whether; 1 failed; 2 refused; 5 it does not fit the device
 """
 
 
