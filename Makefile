@@ -8,7 +8,7 @@ TORCH := 2.13.0
 # Where pip finds the CPU build of torch if the user's own pip settings do not offer one.
 TORCH_PIP_ARGS ?= --index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: setup train test test-all test-newest test-torchao test-containers support-matrix fault-matrix optimizer-table lint format wheel clean
+.PHONY: setup train test test-all test-newest test-torchao test-containers support-matrix fault-matrix optimizer-table browser screenshots lint format wheel clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.installed
@@ -34,7 +34,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 # Also what takes long: the full flake hunt and other slow checks; and DeepSpeed in its newest version.
-test-all: setup test-newest test-torchao
+test-all: setup browser test-newest test-torchao
 	$(BIN)/python -m pytest $(ARGS)
 
 # What is built on private attributes of others, against their newest version.
@@ -59,6 +59,15 @@ support-matrix: setup
 # Runs every fault in every phase, and writes what happened into docs/faults.md.
 fault-matrix: setup
 	$(BIN)/python -m pytest --fault-matrix tests/test_fault_matrix.py $(ARGS)
+
+# A headless browser for the test that looks at TensorBoard, which is skipped without one. Debian's needs root.
+browser: setup
+	@command -v chromium || command -v google-chrome || apt-get install -y --no-install-recommends chromium || \
+		echo "no browser: install chromium, as root: apt-get install chromium"
+
+# Trains small models and takes the pictures of docs/tensorboard.md from TensorBoard, five minutes.
+screenshots: setup browser
+	$(BIN)/python tests/screenshots.py $(ARGS)
 
 # Trains the default model with every optimizer, a quarter of an hour, and writes the table of docs/optimizers.md.
 optimizer-table: setup

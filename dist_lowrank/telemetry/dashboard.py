@@ -36,7 +36,7 @@ class Dashboard:
     def __init__(self, settings: TelemetryConfig, metrics: MetricsWriter, device: torch.device) -> None:
         self._settings, self._metrics, self._device = settings, metrics, device
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        self._causes: list[str] = []  # that have charts
+        self._causes: list[str] = []  # that have charts: of which there was something once
         self._families: list[str] = []  # that have charts
         self._drawn_step = -math.inf
         self._most_state_bytes = self._most_total_bytes = 0
@@ -51,9 +51,9 @@ class Dashboard:
             self._tokens_per_second.append(values[tags.TOKENS_PER_SECOND])
         families = [tag.removeprefix(_ENERGY) for tag in values if tag.startswith(_ENERGY)]
         if self._ranks <= self._settings.max_ranks_shown:
-            by_rank = {tags.memory_of_rank(self._rank, cause): n for cause, n in memory.items()}
-            self._metrics.log(step, values, only_events=by_rank)
             self._show_charts([cause for cause, n in memory.items() if n], families)
+            by_rank = {tags.memory_of_rank(self._rank, c): memory[c] for c in self._causes if c in memory}
+            self._metrics.log(step, values, only_events=by_rank)
             return
         figures = gather_figures(values, self._device)
         if self._rank == 0:
