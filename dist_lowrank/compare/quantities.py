@@ -146,6 +146,12 @@ def memory_by_rank(group: Group, cause: str) -> list[int]:
     return [max(each.memory_bytes.get(cause, 0) for each in seeds) for seeds in ranks]
 
 
+def peak_by_rank(group: Group) -> list[Mapping[str, int]]:
+    """Bytes by cause at the peak of a tracked step, by rank: of the seed with the highest; empty without one."""
+    ranks = zip(*(run.ranks for run in group.runs), strict=True)
+    return [max((each.at_peak for each in seeds), key=lambda peak: peak.get("total", 0)) for seeds in ranks]
+
+
 def captured_energy(group: Group, family: str) -> Mean | None:
     """The share (0 to 1) of one family's energy that was captured, over all logged steps."""
     return Mean.of(_mean_of(run.curve(tags.captured_energy(family))) for run in group.runs)
