@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter
 
 from dist_lowrank.compare.comparison import Comparison
 from dist_lowrank.compare.groups import Group
-from dist_lowrank.compare.quantities import Curve, causes, memory_by_rank, peak_by_rank, value_at
+from dist_lowrank.compare.quantities import Curve, causes, in_order, memory_by_rank, peak_by_rank, value_at
 from dist_lowrank.compare.runs import Run
 from dist_lowrank.telemetry import tags
 from dist_lowrank.telemetry.causes import OF_STEP, is_cause
@@ -141,7 +141,7 @@ def _bars(name: str, title: str, groups: Sequence[Group], held: Sequence[Mapping
     Args:
         held: by group: bytes by rank, by cause.
     """
-    names = _in_order({cause for of_group in held for cause in of_group})
+    names = in_order(cause for of_group in held for cause in of_group)
     shown = [_shown_ranks(group) for group in groups]
     figure = Figure(figsize=(max(7.0, 2 + 0.45 * sum(map(len, shown))), 4.5), layout="constrained")
     axes = figure.subplots()
@@ -177,17 +177,9 @@ def _bars(name: str, title: str, groups: Sequence[Group], held: Sequence[Mapping
     return Plot(name, title, figure)
 
 
-def _in_order(names: Collection[str]) -> list[str]:
-    """Known causes first, in the order of their colours."""
-    known = list(_CAUSE_COLOURS)
-    return sorted(names, key=lambda cause: (known.index(cause) if cause in known else len(known), cause))
-
-
 def _heat_map(groups: Sequence[Group]) -> Plot:
     """One panel per run, a row per cause, a column per rank; dark: close to the most of any rank and run."""
-    names = _in_order(
-        [c for c in causes(groups) if is_cause(c) and any(any(memory_by_rank(group, c)) for group in groups)]
-    )
+    names = [c for c in causes(groups) if is_cause(c) and any(any(memory_by_rank(group, c)) for group in groups)]
     columns = min(4, len(groups))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(3.2 * columns + 2.2, (0.32 * len(names) + 0.9) * rows + 0.4), layout="constrained")

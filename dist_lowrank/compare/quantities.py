@@ -12,6 +12,7 @@ from dist_lowrank.compare.groups import Group
 from dist_lowrank.compare.runs import Rank, Run
 from dist_lowrank.compare.traffic import Traffic
 from dist_lowrank.telemetry import tags
+from dist_lowrank.telemetry.causes import CAUSES
 
 Curve = Sequence[tuple[int, float, float]]  # (tokens, seconds, value)
 
@@ -134,10 +135,13 @@ def quantities(group: Group, row: LossRow, index: int, traffic: Traffic | None) 
 
 
 def causes(groups: Sequence[Group]) -> list[str]:
-    """The names under which the groups' ranks logged bytes, in the order of the first that has them."""
-    return list(
-        dict.fromkeys(c for group in groups for run in group.runs for rank in run.ranks for c in rank.memory_bytes)
-    )
+    """The names under which the groups' ranks logged bytes, in order."""
+    return in_order(c for group in groups for run in group.runs for rank in run.ranks for c in rank.memory_bytes)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Each name once: causes as they are shown everywhere, then what is not known."""
+    return sorted(dict.fromkeys(names), key=lambda name: CAUSES.index(name) if name in CAUSES else len(CAUSES))
 
 
 def memory_by_rank(group: Group, cause: str) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dist_lowrank.compare.quantities import Mean, captured_energy, causes, memory_by_rank, peak_by_rank, ratio
+from dist_lowrank.compare.quantities import Mean, captured_energy, causes, in_order, memory_by_rank, peak_by_rank, ratio
 from dist_lowrank.compare.traffic import Traffic
 from dist_lowrank.telemetry.causes import OF_STEP, is_cause, is_state
 
@@ -171,7 +171,7 @@ def _peak(comparison: Comparison) -> Table:
     rows = []
     for group in comparison.groups:
         peaks = peak_by_rank(group)
-        for cause in dict.fromkeys(cause for peak in peaks for cause in peak):
+        for cause in in_order(cause for peak in peaks for cause in peak):
             by_rank = [peak.get(cause, 0) for peak in peaks]
             if any(by_rank):
                 rows.append([group.label, cause, *_over_ranks(by_rank)])
