@@ -73,10 +73,11 @@ def test_a_secret_on_the_command_line_is_refused_and_not_repeated(
     assert _files(folder).keys() == before
 
 
+FEWER = ["launcher.min_nodes=1", "launcher.nproc_per_node=3"]
 REFUSED = {
     "train on a cluster": (
         ["train", "launcher=slurm"],
-        "launcher: slurm is not allowed here, where runs start on this machine; allowed: local (or `dist-lowrank launch`",
+        "launcher: slurm is not allowed here, where runs start on this machine; allowed: local (or `dist-lowrank la",
     ),
     "nothing to render": (["launch", "--render-only"], "--render-only: is not allowed with launcher=local; allowed: "),
     "a secret that is not there": (
@@ -92,8 +93,7 @@ REFUSED = {
         "train.global_batch_size: 16 is not allowed with 24 processes; allowed: a multiple of 24",
     ),
     "a batch that fewer hosts cannot share": (
-        ["launch", "launcher=torchrun", "launcher.hosts=[a,b]", "launcher.rendezvous=c10d", "launcher.min_nodes=1"]
-        + ["launcher.nproc_per_node=3", "train.global_batch_size=16"],
+        ["launch", "launcher=torchrun", "launcher.hosts=[a,b]", "launcher.rendezvous=c10d", *FEWER],
         "train.global_batch_size: 16 is not allowed with 3 processes",
     ),
 }

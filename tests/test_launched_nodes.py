@@ -43,7 +43,9 @@ def _steps(run: Path, attempt: int) -> int:
 
 @pytest.mark.parametrize("starts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_nodes_train_stop_with_75_and_continue_from_the_same_scripts(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, starts: int
+    folder: Path,  # noqa: F811 (the fixture)
+    monkeypatch: pytest.MonkeyPatch,
+    starts: int,
 ) -> None:
     """Node 1 comes first; a signal to one node stops both."""
     monkeypatch.chdir(folder)
