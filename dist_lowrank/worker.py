@@ -54,14 +54,20 @@ def main_torchrun(overrides: Sequence[str]) -> NoReturn:
 
 
 def _work_on_agreement(prepare: Callable[[int, str | None], dict[str, Any]], overrides: Sequence[str] = ()) -> NoReturn:
-    """Works on the attempt that rank 0 prepares for all ranks, which get its configuration from it too.
+    store = _store()
+    config, folder = _agree(store, prepare)
+    if os.environ["RANK"] == "0":
+        print(folder.announcement, flush=True)
+    _work(config, folder, store, speaks=True, overrides=overrides)
+
+
+def _agree(store: PrefixStore, prepare: Callable[[int, str | None], dict[str, Any]]) -> tuple[RunConfig, RunFolder]:
+    """The attempt that rank 0 prepares for all ranks, and its configuration. Leaves where there is nothing to do.
 
     Args:
         prepare: takes the number of ranks and, after a restart by torchrun, the folder of the attempt before.
-        overrides: as `identity` takes them.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = _store()
     of_all_restarts = store.underlying_store
     if of_all_restarts.check([_ENDED]):
         leave(int(of_all_restarts.get(_ENDED)))
@@ -80,10 +86,7 @@ def _work_on_agreement(prepare: Callable[[int, str | None], dict[str, Any]], ove
         else:
             store.set(f"told/{rank}", "")
         _end(ExitCode(prepared["exit_code"]), store, together=False)
-    config, folder = from_dict(prepared["config"]), RunFolder.of_attempt(prepared["attempt"])
-    if rank == 0:
-        print(folder.announcement, flush=True)
-    _work(config, folder, store, speaks=True, overrides=overrides)
+    return from_dict(prepared["config"]), RunFolder.of_attempt(prepared["attempt"])
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -159,10 +159,10 @@ def _node_container(job: Job[KubernetesLauncher], rendezvous: list[str]) -> dict
         {"name": name, "valueFrom": {"secretKeyRef": {"name": launcher.secret, "key": name}}}
         for name in launcher.secret_environment
     ]
-    devices: dict[str, Any] = {"nvidia.com/gpu": launcher.nproc_per_node} if launcher.device == "cuda" else {}
+    devices = {"nvidia.com/gpu": str(launcher.nproc_per_node)} if launcher.device == "cuda" else {}
     if launcher.rdma_resource is not None:
-        devices[launcher.rdma_resource] = 1
-    requests: dict[str, Any] = {"cpu": launcher.cpus or launcher.threads * launcher.nproc_per_node}
+        devices[launcher.rdma_resource] = "1"
+    requests = {"cpu": str(launcher.cpus or launcher.threads * launcher.nproc_per_node)}
     if launcher.memory_gib is not None:
         requests["memory"] = devices["memory"] = f"{launcher.memory_gib}Gi"
     data = [{"name": "data", "mountPath": DATA, "readOnly": True}] if launcher.data_claim else []
