@@ -22,7 +22,7 @@ SCRIPT = str(PROJECT / "docker" / "without_engine.sh")
 COMPOSE = [str(Path(sys.executable).with_name("podman-compose")), "--file", str(PROJECT / "docker" / "compose.yaml")]
 # Nothing that a container may do without.
 CONFINED = ["--cap-drop=ALL", "--security-opt=no-new-privileges", "--read-only", "--read-only-tmpfs=false"]
-TRAIN = ["train.steps=20", "checkpoint.interval_steps=5"]
+TRAIN = ["train.steps=20", "checkpoint.interval_steps=5"]  # as in docker/compose.yaml
 SIZE_LIMIT_BYTES = 1.8e9
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -102,12 +102,11 @@ def test_two_containers_as_nodes_train_to_the_weights_of_one(undisturbed: bytes,
     runs = tmp_path / "runs"
     runs.mkdir()
     os.chown(runs, 1000, 1000)
-    settings = {"RUNS": str(runs), "OVERRIDES": " ".join(TRAIN)}
     try:
-        _run(*COMPOSE, "up", **settings)
-        assert [_exit_code(f"dist-lowrank_node{number}_1") for number in range(2)] == [0, 0]
+        output = _run(*COMPOSE, "up", RUNS=str(runs)).stdout
+        assert [_exit_code(f"dist-lowrank_node{number}_1") for number in range(2)] == [0, 0], output
     finally:
-        _run(*COMPOSE, "down", check=False, **settings)
+        _run(*COMPOSE, "down", check=False, RUNS=str(runs))
     assert _weights(runs) == undisturbed
 
 
