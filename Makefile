@@ -8,7 +8,8 @@ TORCH := 2.13.0
 # Where pip finds the CPU build of torch if the user's own pip settings do not offer one.
 TORCH_PIP_ARGS ?= --index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: setup train test test-all test-newest test-torchao test-containers support-matrix fault-matrix optimizer-table browser screenshots lint format wheel clean
+.PHONY: setup train test test-all test-newest test-torchao test-containers setup-slurm test-slurm test-hosts \
+	support-matrix fault-matrix optimizer-table browser screenshots lint format wheel clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.installed
@@ -34,7 +35,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 # Also what takes long: the full flake hunt and other slow checks; and DeepSpeed in its newest version.
-test-all: setup browser test-newest test-torchao
+test-all: setup browser setup-slurm test-newest test-torchao
 	$(BIN)/python -m pytest $(ARGS)
 
 # What is built on private attributes of others, against their newest version.
@@ -51,6 +52,17 @@ test-torchao: setup
 # Builds the Dockerfile and trains in its containers: as root on Debian, without a Docker engine.
 test-containers: setup
 	$(BIN)/python -m pytest tests/test_container.py $(ARGS)
+
+# Debian's packages of Slurm, for tests that are skipped without them. No service of the machine is started.
+setup-slurm: setup
+	$(BIN)/python tests/cluster/slurm.py --install || echo "without Slurm: tests/test_slurm.py will be skipped"
+
+# Jobs on a real Slurm, and runs over several hosts: as root, on network namespaces of this machine (docs/clusters.md).
+test-slurm: setup-slurm
+	$(BIN)/python -m pytest tests/test_slurm.py $(ARGS)
+
+test-hosts: setup
+	$(BIN)/python -m pytest tests/test_hosts.py $(ARGS)
 
 # Runs the tests that say what runs exactly where, and writes their table into the README.
 support-matrix: setup

@@ -8,6 +8,7 @@ with 1 whatever its ranks ended with; schedulers need to know whether to start a
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         store = loopback.open_store()
         options.rdzv_backend, options.rdzv_endpoint, options.node_rank = "static", "", 0
         options.master_addr, options.master_port = loopback.ADDRESS, store.port
+    elif options.rdzv_backend == "c10d":
+        # A store for every group of ranks. The one that torchrun else keeps for all groups is on the node that was
+        # first at the beginning; when that is lost, the others go on asking there.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     signal.signal(signal.SIGINT, interrupt)
     try:
         run(options)  # type: ignore[no-untyped-call]

@@ -71,7 +71,12 @@ def test_when_a_host_is_cut_off_for_good_the_others_continue_from_the_newest_che
     text: str, tmp_path: Path
 ) -> None:
     settings = [*SETTINGS, "train.steps=60", "checkpoint.interval_steps=10"]
-    elastic = ["launcher.min_nodes=2", "launcher.max_restarts=3", "launcher.timeout_seconds=10"]
+    elastic = [
+        "launcher.min_nodes=2",
+        "launcher.max_restarts=3",
+        "launcher.timeout_seconds=10",
+        "launcher.stop_seconds=10",
+    ]
     with virtual_hosts(["node0", "node1", "node2"], latency_milliseconds=10) as hosts:
         job = _launch(hosts, tmp_path, *overrides_for(text, tmp_path / "runs", *settings, *elastic))
         deadline = time.monotonic() + 200

@@ -38,7 +38,9 @@ while :; do
 done
 echo "$run ended with exit code $$code (docs/faults.md)"
 
-if [ "$$code" -eq 75 ] && [ "$${SLURM_RESTART_COUNT:-0}" -lt $max_requeues ]; then
+# After scancel the run was stopped too, but the job is no longer one that runs.
+state=$$(squeue --noheader --jobs "$$SLURM_JOB_ID" --format %T)
+if [ "$$code" -eq 75 ] && [ "$$state" = RUNNING ] && [ "$${SLURM_RESTART_COUNT:-0}" -lt $max_requeues ]; then
     scontrol requeue "$$SLURM_JOB_ID"
 fi
 exit "$$code"
