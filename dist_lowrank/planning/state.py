@@ -140,7 +140,8 @@ def _one_dictionary(subspace: DictionaryColumns, n: int, dtype: torch.dtype, tra
     if name in FAST_TRANSFORMS and transform != "gemm":
         # A CPU may have scipy's, which keeps nothing.
         device = torch.device("cpu" if device_type == "cpu" else "meta")
-        size_bytes += FastTransform(name, n, dtype=dtype, device=device).storage_bytes
+        twiddle = FastTransform(name, n, dtype=dtype, device=device).twiddle
+        size_bytes += twiddle.nbytes if twiddle is not None else 0
     return size_bytes
 
 
