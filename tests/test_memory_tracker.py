@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.checkpoint import checkpoint
 
 from dist_lowrank.config import RunFolder
+from dist_lowrank.telemetry import tags
 from dist_lowrank.telemetry.causes import OF_OPTIMIZER
 from dist_lowrank.telemetry.console import Console
 from dist_lowrank.telemetry.memory import bytes_by_cause, model_tensors, state_tensors
 from dist_lowrank.telemetry.memory_tracker import MemoryTracker, StepMemory
 from dist_lowrank.telemetry.metrics import MetricsWriter
 from dist_lowrank.training.run import Trainer
-
-AT_PEAK, OF_STEP = "memory_at_peak_bytes/", "memory_bytes/"
-
 
 # By hand ---------------------------------------------------------------------------------------------------------
 
@@ -127,7 +126,10 @@ def test_a_storage_that_is_freed_by_resizing_is_freed() -> None:
 
 # In training -----------------------------------------------------------------------------------------------------
 
+STRATEGIES = ("ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3")
 LARGER = ["model.config.hidden_size=48", "model.config.intermediate_size=112"]
+# By default DeepSpeed's buckets are 2 GB each, beside which all is little, and stage 3 never frees small weights.
+DEEPSPEED = {"zero_optimization": {"reduce_bucket_size": 30_000, "stage3_param_persistence_threshold": 100}}
 
 
 class MarkedTrainer(Trainer):
@@ -138,17 +140,10 @@ class MarkedTrainer(Trainer):
             return super()._step(step, stop)
 
 
-def _run(rank: int, folder: RunFolder, ranks: int, real: bool) -> tuple[dict[str, int], int, int, int]:
-    """What the second step logged, and the allocator's peak in it; in the end the ledger's state, and what is reached."""
+def _train(rank: int, folder: RunFolder, ranks: int) -> tuple[dict[str, int], int, int]:
+    """What the second step logged; in the end the ledger's state, and what is reached from the optimizer."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-    if not real:
-        stand_for(rank, ranks)
-        make = dist.new_group
-        dist.new_group = lambda *args, backend=None, **options: make(*args, **options)
-    with (
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-        MetricsWriter(folder.metrics(rank), None) as metrics,
-    ):
+    with MetricsWriter(folder.metrics(rank), None) as metrics:
         trainer = MarkedTrainer(folder.config(), folder, torch.device("cpu"), Console(enabled=False), metrics)
         trainer.run([])
     said: dict[str, int] = {}
@@ -158,12 +153,42 @@ def _run(rank: int, folder: RunFolder, ranks: int, real: bool) -> tuple[dict[str
     tensors = trainer.strategy.tensors()
     by_cause = bytes_by_cause(tensors, trainer.optimizer)
     beside = [tensor for members in tensors.values() for tensor in members]
-    return (
-        said,
-        peaks_within(profiler, "step ")["step 2"],
-        sum(by_cause.get(cause, 0) for cause in OF_OPTIMIZER),
-        reachable_storage_bytes(trainer.optimizer, beside),
-    )
+    state_bytes = sum(by_cause.get(cause, 0) for cause in OF_OPTIMIZER)
+    return said, state_bytes, reachable_storage_bytes(trainer.optimizer, beside)
+
+
+def _train_profiled(_: int, folder: RunFolder, ranks: int) -> tuple[dict[str, int], int]:
+    """What the second step logged, and the most that torch's allocator had given out in it."""
+    if ranks > 1:
+        stand_for(0, ranks)
+        make = dist.new_group
+        dist.new_group = lambda *args, backend=None, **options: make(*args, **options)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        said, *_ = _train(0, folder, ranks)
+    return said, peaks_within(profiler, "step ")["step 2"]
+
+
+def _folder(text: str, runs: Path, strategy: str, optimizer: str) -> tuple[RunFolder, int]:
+    """And the number of ranks."""
+    more = [f"strategy={strategy}", f"optimizer={optimizer}", "train.steps=2", "telemetry.memory_tracker_steps=[2]"]
+    if strategy.startswith("zero"):
+        (runs / "deepspeed.json").write_text(json.dumps(DEEPSPEED))
+        more.append(f"strategy.config={runs / 'deepspeed.json'}")
+    if strategy == "hsdp":
+        more.append("strategy.shard_size=2")
+    return folder_of(overrides_for(text, runs, *LARGER, *more)), 4 if strategy == "hsdp" else 2
+
+
+def _at_peak(said: dict[str, int]) -> tuple[dict[str, int], int]:
+    """By cause, and in all."""
+    prefix = tags.memory_at_peak_bytes("")
+    by_cause = {tag.removeprefix(prefix): n for tag, n in said.items() if tag.startswith(prefix)}
+    return by_cause, by_cause.pop("total")
+
+
+def cases(*fast: tuple[str, str]) -> list[Any]:
+    every = product(STRATEGIES, ("adamw", "dct_adamw"))
+    return [pytest.param(*case, marks=() if case in fast else pytest.mark.slow) for case in every]
 
 
 @pytest.fixture(scope="module")
@@ -171,54 +196,46 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_text(tmp_path_factory.mktemp("text"))
 
 
-def cases() -> list[Any]:
-    fast = {("ddp", "dct_adamw", "gloo"), ("fsdp", "dct_adamw", "fake"), ("zero2", "adamw", "gloo")}
-    of_strategies = {
-        **dict.fromkeys(("fsdp", "hsdp"), ("gloo", "fake")),
-        **dict.fromkeys(("ddp", "zero0", "zero1", "zero2", "zero3"), ("gloo",)),
-    }
-    every = [
-        (strategy, optimizer, group)
-        for strategy, groups in of_strategies.items()
-        for optimizer in ("adamw", "dct_adamw")
-        for group in groups
-    ]
-    return [pytest.param(*case, marks=() if case in fast else pytest.mark.slow) for case in every]
-
-
-@pytest.mark.parametrize(("strategy", "optimizer", "group"), cases())
-def test_causes_explain_the_peak_of_a_training_step(
-    text: str, tmp_path: Path, strategy: str, optimizer: str, group: str
+@pytest.mark.parametrize(
+    ("strategy", "optimizer"), cases(("ddp", "dct_adamw"), ("fsdp", "adamw"), ("zero2", "dct_adamw"))
+)
+def test_the_peak_of_a_step_is_the_allocators_and_causes_explain_it(
+    text: str, tmp_path: Path, strategy: str, optimizer: str
 ) -> None:
-    """Residual 0.00 to 0.03 % of the peak; the peak is the allocator's, within 0.03 %.
+    """Measured: 0.02 to 0.04 % more than the allocator (the batch, which numpy allocates), residual below 0.003 %.
 
-    gloo makes copies of its own, in threads that the profiler does not see: of what FSDP2 and stage 3 gather they are
-    up to 5 % of the peak here. So FSDP2 is compared with the allocator in a group that sends nothing, stage 3 is not.
+    In a group that sends nothing, but for DDP, which is not for such a group and here has one rank: gloo allocates
+    copies of its own and frees them in threads that the profiler does not follow.
     """
-    more = [f"strategy={strategy}", f"optimizer={optimizer}", "train.steps=2", "telemetry.memory_tracker_steps=[2]"]
-    if strategy.startswith("zero"):  # whose buckets take 2 GB each else, beside which all is little
-        settings = tmp_path / "deepspeed.json"
-        sizes = {"reduce_bucket_size": 30_000, "stage3_param_persistence_threshold": 100}
-        settings.write_text(json.dumps({"zero_optimization": sizes}))
-        more.append(f"strategy.config={settings}")
-    if strategy == "hsdp":
-        more.append("strategy.shard_size=2")
-    folder = folder_of(overrides_for(text, tmp_path, *LARGER, *more))
-    ranks, real = (4 if strategy == "hsdp" else 2), group == "gloo"
-    results = run_on_ranks(ranks if real else 1, _run, folder, ranks, real, timeout_seconds=100, distributed=real)
-    for said, allocated_bytes, ledger_bytes, reached_bytes in results:
-        at_peak = {tag.removeprefix(AT_PEAK): n for tag, n in said.items() if tag.startswith(AT_PEAK)}
-        total_bytes = at_peak.pop("total")
-        print(
-            f"{strategy} {optimizer} {group}: {total_bytes / allocated_bytes - 1:.3%} of the allocator's peak, "
-            f"residual {at_peak['residual'] / total_bytes:.3%}; {at_peak}"
-        )
-        assert sum(at_peak.values()) == total_bytes
-        assert min(at_peak.values()) >= 0
-        assert at_peak["residual"] < 0.01 * total_bytes
-        if strategy != "zero3" and not (real and strategy in ("fsdp", "hsdp")):
-            assert total_bytes == pytest.approx(allocated_bytes, rel=0.01)
-        assert ledger_bytes == reached_bytes
-        if strategy in ("fsdp", "hsdp", "zero3"):
-            assert said[OF_STEP + "gathered_parameters"] > 0
-        assert said[OF_STEP + "collective_buffers"] > 0
+    folder, ranks = _folder(text, tmp_path, strategy, optimizer)
+    if alone := strategy == "ddp":
+        ranks = 1
+    ((said, allocated_bytes),) = run_on_ranks(1, _train_profiled, folder, ranks, distributed=alone, timeout_seconds=100)
+    by_cause, total_bytes = _at_peak(said)
+    print(
+        f"{total_bytes / allocated_bytes - 1:.3%} beside the allocator, {by_cause['residual'] / total_bytes:.4%} left"
+    )
+    assert total_bytes == pytest.approx(allocated_bytes, rel=0.005)
+    assert sum(by_cause.values()) == total_bytes
+    assert 0 <= by_cause["residual"] < 0.005 * total_bytes
+
+
+@pytest.mark.parametrize(("strategy", "optimizer"), cases(("fsdp", "dct_adamw")))
+def test_ranks_that_train_together_explain_their_memory(
+    text: str, tmp_path: Path, strategy: str, optimizer: str
+) -> None:
+    folder, ranks = _folder(text, tmp_path, strategy, optimizer)
+    for said, state_bytes, reached_bytes in run_on_ranks(ranks, _train, folder, ranks, timeout_seconds=100):
+        by_cause, total_bytes = _at_peak(said)
+        assert sum(by_cause.values()) == total_bytes
+        assert 0 <= by_cause["residual"] < 0.005 * total_bytes
+        assert state_bytes == reached_bytes > 0
+        assert (said["memory_bytes/refresh_workspace"] > 0) == (optimizer == "dct_adamw")
+        assert (said["memory_bytes/gathered_parameters"] > 0) == (strategy in ("fsdp", "hsdp", "zero3"))
+        assert said["memory_bytes/collective_buffers"] > 0
+
+
+def test_a_run_that_is_not_asked_tracks_nothing(text: str, tmp_path: Path) -> None:
+    folder = folder_of(overrides_for(text, tmp_path, "strategy=ddp", "train.steps=1"))
+    ((said, *_),) = run_on_ranks(1, _train, folder, 1)
+    assert not any(tag.startswith(tags.memory_at_peak_bytes("")) for tag in said)
