@@ -64,7 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_launch(verbs)
     add_doctor(verbs)
     add_plan(verbs)
-    options = parser.parse_args(arguments)
+    options, left = parser.parse_known_args(arguments)
+    if left and (not hasattr(options, "overrides") or any(each.startswith("-") for each in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    elif left:  # argparse takes those before an option alone
+        options.overrides += left
     try:
         from dist_lowrank.config import ConfigError
     except ModuleNotFoundError as error:

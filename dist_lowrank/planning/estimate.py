@@ -6,11 +6,11 @@ of four blocks are traced, with one micro-batch and with a double one, unless th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dist_lowrank.config.schema import RunConfig
-from dist_lowrank.planning.trace import Trace, depth, trace
+from dist_lowrank.planning.trace import Bytes, Held, Trace, Updates, depth, trace
 from dist_lowrank.training.traffic_forecast import TrafficRow
 
 WHOLE_BLOCKS = 5  # a model of no more is traced as it is
@@ -19,68 +19,104 @@ TRACED_BLOCKS = (3, 4)  # from the third on, blocks wait for the same neighbours
 
 @dataclass(frozen=True, slots=True)
 class StepEstimate:
-    """Bytes by cause on one rank, beside weights and state."""
+    """What a step holds on one rank beside weights and state, and what the optimizer sends."""
 
     micro_batch_size: int
-    forward_backward: Mapping[str, float]  # at the peak of forward and backward, with the gradients of that moment
-    per_sample: Mapping[str, float]  # what one more sample adds to it
-    update: Mapping[str, float]  # at the peak of the optimizer's step, of one that refreshes
-    traffic: Sequence[TrafficRow]  # what the optimizer sends
+    passes: Held  # forward and backward
+    per_sample: Held  # what one more sample adds to them
+    first: Held  # the first update
+    refresh: Held  # a later one that refreshes
+    between_bytes: int  # at the peak of one that does not
+    traffic: Sequence[TrafficRow]
     notes: Sequence[str]  # how it was obtained
 
-    def passes(self, micro_batch_size: int) -> dict[str, int]:
+    def passes_of(self, micro_batch_size: int) -> Held:
         """Forward and backward with another micro-batch."""
         more = micro_batch_size - self.micro_batch_size
-        return {
-            cause: max(0, round(held + more * self.per_sample[cause])) for cause, held in self.forward_backward.items()
-        }
+        return Held(
+            _plus(self.passes.at_peak, self.per_sample.at_peak, more),
+            _plus(self.passes.most, self.per_sample.most, more),
+        )
 
 
 def estimate_step(config: RunConfig, world_size: int) -> StepEstimate:
     """Traces the step of a run; takes seconds."""
     size = min(config.train.micro_batch_size, config.train.global_batch_size // world_size)
-    sizes, blocks = (size, 2 * size), depth(config)
+    blocks = depth(config)
     if config.model.attention == "flash_attention_2":  # which keeps what torch's own kernels keep
         config = replace(config, model=replace(config.model, attention="sdpa"))
     if blocks is None or blocks <= WHOLE_BLOCKS:
-        traces, extra = [trace(config, world_size, None, sizes)] * 2, 0
-        notes = ["activations: traced on the whole model"]
+        fewer = more = trace(config, world_size, None, (size, 2 * size))
+        extra, notes = 0, ["activations: traced on the whole model"]
     else:
-        traces, extra = [trace(config, world_size, count, sizes) for count in TRACED_BLOCKS], blocks - TRACED_BLOCKS[1]
+        fewer, more = (trace(config, world_size, count, (size, 2 * size)) for count in TRACED_BLOCKS)
+        extra = blocks - TRACED_BLOCKS[1]
         notes = [f"activations: traced on {TRACED_BLOCKS[0]} and {TRACED_BLOCKS[1]} blocks, carried over to {blocks}"]
-    fewer, more = (each.forward_backward for each in traces)
-    one, double = (_further(fewer[count], more[count], extra) for count in sizes)
-    update, note = _update(traces, extra)
     if config.model.compile:
         notes.append("activations: as without model.compile, which usually needs less")
-    per_sample = {cause: (double[cause] - held) / size for cause, held in one.items()}
-    return StepEstimate(size, one, per_sample, update, _traffic(traces, extra), [*notes, note])
+    one, double = (_further(fewer.passes[count], more.passes[count], extra) for count in (size, 2 * size))
+    grown = [
+        {cause: (twice[cause] - held) / size for cause, held in once.items()}
+        for once, twice in ((one.at_peak, double.at_peak), (one.most, double.most))
+    ]
+    updates, note = _updates(fewer, more, extra)
+    between_bytes = round(sum(updates.between.at_peak.values()))
+    traffic = _traffic(fewer.traffic, more.traffic, extra)
+    return StepEstimate(size, one, Held(*grown), updates.first, updates.refresh, between_bytes, traffic, [*notes, note])
 
 
-def _further(fewer: Mapping[str, int], more: Mapping[str, int], extra: int) -> dict[str, float]:
+def _further(fewer: Held, more: Held, extra: int) -> Held:
     """What grew by one block goes on growing."""
-    return {cause: max(0, held + extra * (held - fewer[cause])) for cause, held in more.items()}
+    return Held(
+        *(
+            {cause: max(0, held + extra * (held - before.get(cause, 0))) for cause, held in after.items()}
+            for before, after in ((fewer.at_peak, more.at_peak), (fewer.most, more.most))
+        )
+    )
 
 
-def _traffic(traces: Sequence[Trace], extra: int) -> list[TrafficRow]:
+def _plus(held: Bytes, per_sample: Bytes, more: int) -> dict[str, float]:
+    return {cause: max(0, count + more * per_sample[cause]) for cause, count in held.items()}
+
+
+def _traffic(fewer: Sequence[TrafficRow], more: Sequence[TrafficRow], extra: int) -> list[TrafficRow]:
     """Bytes grow by block; in how many collectives they go is told only of a model that was traced as it is."""
-    fewer = {(row.step, row.purpose, row.operation): row.bytes for row in traces[0].traffic}
+    before = {(row.step, row.purpose, row.operation): row.bytes for row in fewer}
     rows = []
-    for row in traces[1].traffic:
-        more_bytes = row.bytes - fewer.get((row.step, row.purpose, row.operation), 0)
-        rows.append(replace(row, bytes=row.bytes + extra * more_bytes, collectives=0 if extra else row.collectives))
+    for row in more:
+        grown = row.bytes - before.get((row.step, row.purpose, row.operation), 0)
+        rows.append(replace(row, bytes=row.bytes + extra * grown, collectives=0 if extra else row.collectives))
     return rows
 
 
-def _update(traces: Sequence[Trace], extra: int) -> tuple[dict[str, float], str]:
-    fewer, more = traces
-    if fewer.update is None or more.update is None:
+def _updates(fewer: Trace, more: Trace, extra: int) -> tuple[Updates, str]:
+    """Of the whole model: no wave of matrices is larger than the workspace setting allows."""
+    bound = more.most_update_bytes
+    if fewer.updates is None or more.updates is None:
         everything = more.held_update_bytes + extra * (more.held_update_bytes - fewer.held_update_bytes)
-        bound = min(everything, more.most_update_bytes)
-        return {"refresh_workspace": bound, "collective_buffers": 0}, "refresh_workspace: a bound, with its collectives"
-    found = _further(fewer.update, more.update, extra)
-    total = sum(found.values())
-    if extra and total > more.most_update_bytes > 0:
-        found = {cause: held * more.most_update_bytes / total for cause, held in found.items()}
-        return found, "refresh_workspace: what the optimizer's workspace allows"
-    return found, "refresh_workspace: traced"
+        at_most = {"refresh_workspace": min(everything, bound)}
+        held = Held(at_most, at_most)
+        return Updates(held, held, held), "refresh_workspace: a bound, with its collectives"
+    found = [
+        _further(before, after, extra)
+        for before, after in (
+            (fewer.updates.first, more.updates.first),
+            (fewer.updates.refresh, more.updates.refresh),
+            (fewer.updates.between, more.updates.between),
+        )
+    ]
+    # What dictionaries need while they are made is no part of the bound, but of the trace.
+    first = _at_most(found[0], sum(more.updates.first.at_peak.values()) + bound) if extra else found[0]
+    later = [_at_most(held, bound) if extra and bound else held for held in found[1:]]
+    is_cut = later[0] is not found[1]
+    note = "refresh_workspace: what the optimizer's workspace allows" if is_cut else "refresh_workspace: traced"
+    return Updates(first, *later), note
+
+
+def _at_most(held: Held, bound: float) -> Held:
+    total = sum(held.at_peak.values())
+    if total <= bound:
+        return held
+    return Held(
+        *({cause: count * bound / total for cause, count in each.items()} for each in (held.at_peak, held.most))
+    )

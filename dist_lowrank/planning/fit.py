@@ -26,7 +26,8 @@ def largest_rank(planner: Planner, allowed_bytes: int) -> int | None:
 
 
 def _fits(plan: Plan, allowed_bytes: int) -> bool:
-    return int(plan.peak_bytes.max()) <= allowed_bytes
+    """In its steps; neither changes what it holds at the start."""
+    return max(int(plan.forward_backward_bytes.max()), int(plan.update_bytes.max())) <= allowed_bytes
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

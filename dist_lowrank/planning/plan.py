@@ -12,7 +12,8 @@ from dist_lowrank.planning.estimate import StepEstimate, estimate_step
 from dist_lowrank.planning.parameters import PlannedParameter, planned_parameters
 from dist_lowrank.planning.shares import Bytes, Counts
 from dist_lowrank.planning.state import optimizer_bytes
-from dist_lowrank.planning.weights import strategy_buffers, weight_bytes
+from dist_lowrank.planning.trace import Held
+from dist_lowrank.planning.weights import start_bytes, strategy_buffers, weight_bytes
 from dist_lowrank.telemetry.causes import CAUSES, OF_STEP
 
 
@@ -20,8 +21,8 @@ from dist_lowrank.telemetry.causes import CAUSES, OF_STEP
 class Plan:
     """Bytes on every rank.
 
-    `held` is exact. `step` has of each cause that lives within a step the most that is estimated at its two peaks; the
-    two peaks are sums of what is there at that moment.
+    `held` is exact. `step` has of each cause that lives within a step the most at any one moment of it, as estimated;
+    the peaks are sums of what is there at one moment.
     """
 
     world_size: int
@@ -29,12 +30,15 @@ class Plan:
     step: Mapping[str, int]
     forward_backward_bytes: Counts  # in all, at the peak of the passes
     update_bytes: Counts  # in all, at the peak of the optimizer's step
+    start_bytes: int  # in all, when the model is made and spread over the ranks
     micro_batch_size: int
     notes: Sequence[str] = field(default_factory=tuple)
 
     @property
     def peak_bytes(self) -> Counts:
-        return numpy.maximum(self.forward_backward_bytes, self.update_bytes)
+        """Of the three moments."""
+        steps = numpy.maximum(self.forward_backward_bytes, self.update_bytes)
+        return numpy.maximum(steps, self.start_bytes)
 
     @property
     def worst_rank(self) -> int:
@@ -59,6 +63,7 @@ class Planner:
         self.parameters = planned_parameters(config)
         self.weights = weight_bytes(config, self.parameters, world_size)
         self.buffers = strategy_buffers(config, self.parameters, world_size)
+        self.start_bytes = start_bytes(config, self.parameters, self.weights)
         self.estimate: StepEstimate | None = estimate_step(config, world_size) if traced else None
 
     def plan(self, micro_batch_size: int | None = None) -> Plan:
@@ -76,28 +81,33 @@ class Planner:
         lasting = sum(state.values(), nothing) + sum(
             (count for cause, count in self.weights.items() if cause != "gradients"), nothing
         )
-        passes, update, size, notes = (
-            dict(self.buffers),
-            dict(self.buffers),
-            config.train.micro_batch_size,
-            ["not traced"],
+        gradients, size = self.weights["gradients"], micro_batch_size or config.train.micro_batch_size
+        passes, updates, notes = (
+            Held(self.buffers, self.buffers),
+            [Held(self.buffers, self.buffers)],
+            ["nothing estimated"],
         )
-        if self.estimate is not None:
-            size, notes = micro_batch_size or self.estimate.micro_batch_size, list(self.estimate.notes)
-            passes = _sum(self.buffers, self.estimate.passes(size))
-            update = _sum(self.buffers, {cause: round(held) for cause, held in self.estimate.update.items()})
-        gradients = self.weights["gradients"]
-        within = passes.pop("gradients", 0) if not config.strategy.zero_stage else int(gradients.max())
+        if (estimate := self.estimate) is not None:
+            size = micro_batch_size or estimate.micro_batch_size
+            passes = self._with_buffers(estimate.passes_of(size))
+            updates = [self._with_buffers(held) for held in (estimate.first, estimate.refresh)]
+            notes = [*estimate.notes, f"an update between refreshes needs {estimate.between_bytes:,} bytes"]
+        at_peak = dict(passes.at_peak)
+        there = at_peak.pop("gradients", 0) if config.strategy.zero_stage is None else int(gradients.max())
         return Plan(
             self.world_size,
             {**self.weights, **state},
-            {cause: max(passes.get(cause, 0), update.get(cause, 0)) for cause in OF_STEP},
-            lasting + sum(passes.values()) + numpy.minimum(within, gradients),
-            lasting + gradients + sum(update.values()),
+            {cause: round(max(held.most.get(cause, 0) for held in (passes, *updates))) for cause in OF_STEP},
+            lasting + round(sum(at_peak.values())) + numpy.minimum(round(there), gradients),
+            lasting + gradients + round(max(sum(held.at_peak.values()) for held in updates)),
+            self.start_bytes,
             size,
             notes,
         )
 
+    def _with_buffers(self, held: Held) -> Held:
+        return Held(*(_sum(self.buffers, each) for each in (held.at_peak, held.most)))
 
-def _sum(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+
+def _sum(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
     return {cause: first.get(cause, 0) + second.get(cause, 0) for cause in {*first, *second}}

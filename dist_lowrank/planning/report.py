@@ -16,7 +16,7 @@ from dist_lowrank.tables import empty_table
 from dist_lowrank.training.traffic_forecast import TrafficRow
 
 EACH_RANK = 16  # up to so many ranks, each is told
-_MOMENTS = ("peak of forward and backward", "peak of the update", "peak")
+_MOMENTS = ("peak at the start", "peak of forward and backward", "peak of the update", "peak")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,12 @@ class Report:
 
 def rows(plan: Plan) -> Bytes:
     """Bytes by cause and rank, then the sums at the two peaks, and the higher of both."""
-    totals = zip(_MOMENTS, (plan.forward_backward_bytes, plan.update_bytes, plan.peak_bytes), strict=True)
+    start = numpy.full(plan.world_size, plan.start_bytes, dtype=numpy.int64)
+    totals = zip(_MOMENTS, (start, plan.forward_backward_bytes, plan.update_bytes, plan.peak_bytes), strict=True)
     return {**plan.by_cause(), **dict(totals)}
 
 
-def columns(plan: Plan) -> list[tuple[str, Mapping[str, int]]]:
+def columns(plan: Plan) -> Sequence[tuple[str, Mapping[str, int]]]:
     """Headings and numbers: ranks that hold the same are one column; of many ranks the least, median, most, worst."""
     table = rows(plan)
     if plan.world_size <= EACH_RANK:
@@ -115,13 +116,11 @@ def print_report(report: Report) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for name in rows(plan):
         mark = " ~" if name in plan.step else ""
-        table.add_row(
-            name + mark, *(f"{numbers[name]:,}" for _, numbers in found), end_section=name not in _MOMENTS[:2]
-        )
+        table.add_row(name + mark, *(f"{numbers[name]:,}" for _, numbers in found), end_section=False)
     console.print(table)
     if plan.world_size > EACH_RANK:
         print(_told_kinds(plan))
-    print("~ estimated, the most of each cause at the two peaks; all others to the byte")
+    print("~ estimated: the most of each cause at any moment, and the sums at the peaks; all others to the byte")
     for note in plan.notes:
         print(f"  {note}")
     _print_traffic(report)
@@ -133,10 +132,16 @@ def verdict_line(report: Report) -> str:
     """What the verdict is, and what else would fit."""
     verdict, plan = report.verdict, report.plan
     assert verdict is not None
-    updating = int(plan.update_bytes[plan.worst_rank]) >= int(plan.forward_backward_bytes[plan.worst_rank])
+    rank = plan.worst_rank
+    moments = {
+        "in forward and backward": int(plan.forward_backward_bytes[rank]),
+        "at the update": int(plan.update_bytes[rank]),
+        "at the start, when each rank makes the whole model": plan.start_bytes,
+    }
+    moment = max(moments, key=moments.__getitem__)
     text = (
-        f"{'fits' if verdict.fits else 'does not fit'}: {_gib(verdict.peak_bytes)} on rank {plan.worst_rank}, "
-        f"{'at the update' if updating else 'in forward and backward'}; allowed {_gib(verdict.allowed_bytes)}, "
+        f"{'fits' if verdict.fits else 'does not fit'}: {_gib(verdict.peak_bytes)} on rank {rank}, "
+        f"{moment}; allowed {_gib(verdict.allowed_bytes)}, "
         f"{verdict.device} less {verdict.margin:.0%}"
     )
     if verdict.largest_micro_batch is not None:

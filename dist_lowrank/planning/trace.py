@@ -25,7 +25,7 @@ from dist_lowrank.optim.wave import Job
 from dist_lowrank.strategies import apply_strategy, autocast, gradient_sync
 from dist_lowrank.telemetry.causes import OF_STEP
 from dist_lowrank.telemetry.memory import model_tensors, state_tensors
-from dist_lowrank.telemetry.memory_tracker import MemoryTracker, StepMemory
+from dist_lowrank.telemetry.memory_tracker import MemoryTracker
 from dist_lowrank.training.evaluate import next_token_loss
 from dist_lowrank.training.model import blocks, build_model, low_rank_forms, route
 from dist_lowrank.training.optimizers import make_optimizer
@@ -33,17 +33,33 @@ from dist_lowrank.training.traffic_forecast import TrafficRow, optimizer_on_flat
 
 MOST_PIECES = 8192  # that a rank exchanges with others: beyond, following each takes too long
 CPU = torch.device("cpu")
-Bytes = Mapping[str, int]  # by cause
+Bytes = Mapping[str, float]  # by cause
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one rank holds within a part of a step, by cause."""
+
+    at_peak: Bytes  # at the moment at which it holds the most, with the gradients that are there then
+    most: Bytes  # of each cause at any one moment
+
+
+@dataclass(frozen=True, slots=True)
+class Updates:
+    """What the optimizer's step holds."""
+
+    first: Held  # makes dictionaries
+    refresh: Held
+    between: Held  # of a step that does not refresh; as `refresh` where all do
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Of a model of some blocks, on one rank: bytes by cause at the peaks, without weights and state."""
+    """Of a model of some blocks on one rank, without weights and state."""
 
-    forward_backward: Mapping[int, Bytes]  # by micro-batch size; with the gradients that are there at that moment
+    passes: Mapping[int, Held]  # forward and backward, by micro-batch size
     traffic: Sequence[TrafficRow]  # what the optimizer sends
-    update: Bytes | None  # of a step that refreshes; None: not followed
-    update_between: Bytes | None  # of one that does not, if there are such
+    updates: Updates | None  # None: not followed
     held_update_bytes: int  # if all matrices were updated at once, at most
     most_update_bytes: int  # as the workspace setting bounds it
 
@@ -82,8 +98,8 @@ def trace(config: RunConfig, world_size: int, block_count: int | None, micro_bat
             bounds, traffic = _bounds(optimizer, jobs), _traffic(config, optimizer)
             takes_turns = any(isinstance(recipe, Blocks) for _, recipe in jobs)
             if takes_turns or sum(map(_pieces, jobs)) > MOST_PIECES:
-                return Trace(passes, traffic, None, None, *bounds)
-            return Trace(passes, traffic, *_updates(config, model, optimizer, numbers), *bounds)
+                return Trace(passes, traffic, None, *bounds)
+            return Trace(passes, traffic, _updates(config, model, optimizer, numbers), *bounds)
 
 
 def with_blocks(config: RunConfig, count: int) -> RunConfig:
@@ -103,7 +119,7 @@ def _depth_key(config: RunConfig) -> str:
     return next((key for key in ("num_hidden_layers", "n_layer") if key in config.model.config), "num_hidden_layers")
 
 
-def _forward_backward(config: RunConfig, model: nn.Module, size: int, world_size: int) -> Bytes:
+def _forward_backward(config: RunConfig, model: nn.Module, size: int, world_size: int) -> Held:
     """Of all micro-batches of a step, or of two, if there are more."""
     count = min(2, -(-config.train.global_batch_size // (world_size * size)))
     tracker = MemoryTracker(model, torch.optim.SGD(model.parameters()), lambda: model_tensors(model), CPU)
@@ -118,26 +134,23 @@ def _forward_backward(config: RunConfig, model: nn.Module, size: int, world_size
     for parameter in model.parameters():
         parameter.grad = None
     memory = tracker.told()
-    if config.strategy.zero_stage:  # keeps gradients otherwise than this model, which would move the peak
-        return {"gradients": 0, **memory.most}
-    return _transients(memory)
-
-
-def _transients(memory: StepMemory) -> dict[str, int]:
-    return {cause: memory.at_peak.get(cause, 0) for cause in ("gradients", *OF_STEP)}
+    # DeepSpeed keeps gradients otherwise than this model, which would move the peak.
+    at_peak = {"gradients": 0, **memory.most} if config.strategy.zero_stage else memory.at_peak
+    return Held({cause: at_peak.get(cause, 0) for cause in ("gradients", *OF_STEP)}, memory.most)
 
 
 def _updates(
     config: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: _StepsAsNumbers
-) -> tuple[Bytes, Bytes | None]:
-    """The most of any step that refreshes, the first included, which makes dictionaries; and of one that does not."""
+) -> Updates:
     interval = getattr(config.optimizer, "refresh_interval", 1)
-    at_refresh = [_update(model, optimizer, numbers, step) for step in (1, interval + 1, 2 * interval)]
-    largest = max(at_refresh, key=lambda held: sum(held.values()))
-    return largest, _update(model, optimizer, numbers, 2) if interval > 2 else None
+    first = _update(model, optimizer, numbers, 1)
+    # Whether refreshes are at multiples of the interval, or a step later.
+    later = [_update(model, optimizer, numbers, step) for step in sorted({interval + 1, 2 * interval})]
+    refresh = max(later, key=lambda held: sum(held.at_peak.values()))
+    return Updates(first, refresh, _update(model, optimizer, numbers, interval + 2) if interval > 2 else refresh)
 
 
-def _update(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: _StepsAsNumbers, step: int) -> Bytes:
+def _update(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: _StepsAsNumbers, step: int) -> Held:
     numbers.step = step
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
@@ -150,8 +163,9 @@ def _update(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: _StepsA
         optimizer._unchecked, optimizer.verify_every = [], 0  # ranks cannot be compared without data
     with tracker:
         optimizer.step()
-    held = _transients(tracker.told())
-    return {cause: held[cause] for cause in ("refresh_workspace", "collective_buffers")}
+    memory = tracker.told()
+    causes = ("refresh_workspace", "collective_buffers")
+    return Held(*({cause: held[cause] for cause in causes} for held in (memory.at_peak, memory.most)))
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -49,6 +49,14 @@ def strategy_buffers(config: RunConfig, parameters: Sequence[PlannedParameter], 
     return buffers
 
 
+def start_bytes(config: RunConfig, parameters: Sequence[PlannedParameter], weights: Bytes) -> int:
+    """Every rank makes the whole model on its device, and only then gives most of it away."""
+    whole = sum(each.tensor.numel() * each.tensor.element_size() for each in parameters)
+    if config.strategy.name == "ddp":
+        return whole
+    return whole + int(weights["parameters"].max())
+
+
 def _settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     return {**_DEFAULTS, **deepspeed_json(config, world_size)["zero_optimization"]}
 
