@@ -152,7 +152,16 @@ def run_on_hosts(megabits_per_second: float, options: argparse.Namespace) -> lis
 def _row(megabits_per_second: float, found: Measured) -> str:
     sent = [f"{count / 1e6:.2f}" for count in (found.declared_bytes, found.optimizer_bytes, found.step_bytes)]
     seconds = [f"{each:.2f}" for each in (found.optimizer_seconds, found.step_seconds)]
-    cells = [f"{megabits_per_second:g}", found.strategy, found.optimizer, sent[0], sent[1], seconds[0], sent[2], seconds[1]]
+    cells = [
+        f"{megabits_per_second:g}",
+        found.strategy,
+        found.optimizer,
+        sent[0],
+        sent[1],
+        seconds[0],
+        sent[2],
+        seconds[1],
+    ]
     return f"| {' | '.join(cells)} |"
 
 
@@ -174,7 +183,9 @@ def main() -> None:
     print(f"load average before {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", file=sys.stderr)
     results = [(bandwidth, found) for bandwidth in options.bandwidths for found in run_on_hosts(bandwidth, options)]
     print(f"load average after {os.getloadavg()[0]:.1f}", file=sys.stderr)
-    print(f"{options.model}, {max(found.parameters for _, found in results) / 1e6:.1f}M parameters in fp32, two hosts, ")
+    print(
+        f"{options.model}, {max(found.parameters for _, found in results) / 1e6:.1f}M parameters in fp32, two hosts, "
+    )
     print(f"{options.latency:g} ms one way, {options.steps} steps; MB and seconds per step and host\n")
     print("| Mbit/s | strategy | optimizer | declared MB | sent by the optimizer | seconds | sent in all | seconds |")
     print("|---|---|---|---|---|---|---|---|")

@@ -50,7 +50,9 @@ def _launch(slurm: Slurm, folder: Path, overrides: list[str]) -> str:
     return found[1]
 
 
-def _wait(slurm: Slurm, job: str, until: Callable[[dict[str, str]], bool], timeout_seconds: float = 300) -> dict[str, str]:
+def _wait(
+    slurm: Slurm, job: str, until: Callable[[dict[str, str]], bool], timeout_seconds: float = 300
+) -> dict[str, str]:
     """Until something is so of a job; one that was requeued need not wait for the two minutes that Slurm gives it."""
     deadline = time.monotonic() + timeout_seconds
     while not until(known := slurm.job(job)):
