@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from dist_lowrank.compare.assertions import Assertion, Outcome, evaluate
 from dist_lowrank.compare.groups import Group, check_comparable, differing_settings, group_runs
 from dist_lowrank.compare.quantities import LossRow, Mean, Quantities, causes, loss_rows, quantities
-from dist_lowrank.compare.runs import is_cause, is_state, read_run
+from dist_lowrank.compare.runs import read_run
 from dist_lowrank.compare.traffic import Traffic, forecast
 from dist_lowrank.config import ConfigError
+from dist_lowrank.telemetry.causes import is_cause, is_state
 
 
 @dataclass(frozen=True, slots=True)
