@@ -253,6 +253,11 @@ def test_all_problems_are_told_at_once_one_line_each() -> None:
     ]
 
 
+def test_steps_to_profile_are_a_first_and_a_last() -> None:
+    assert compose(["telemetry.profile_steps=[10,12]"]).telemetry.profile_steps == (10, 12)
+    assert "telemetry.profile_steps: [12, 10] is not allowed" in refusal("telemetry.profile_steps=[12,10]")
+
+
 @pytest.mark.parametrize("key", ["hf_token", "data.api_key", "+model.config.password", "train.client_secret"])
 def test_credentials_are_refused_without_being_repeated(key: str) -> None:
     text = refusal(f"{key}=hunter2")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -18,6 +22,7 @@ from trajectories import (
 )
 
 from dist_lowrank.subspaces import top_columns
+from dist_lowrank.telemetry.profiling import OutOfMemory, Profiler, memory_watched
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -86,3 +91,30 @@ def test_a_state_moves_from_a_cpu_to_a_gpu(kind: str) -> None:
         feed(of_there, there, [gradient.to(GPU) for gradient in gradients])
     for p, q in zip(here, there, strict=True):
         torch.testing.assert_close(q.detach().cpu(), p.detach(), rtol=0, atol=1e-10)
+
+
+def test_running_out_of_memory_writes_a_snapshot_that_the_error_names(tmp_path: Path) -> None:
+    held = []
+
+    def too_much() -> None:
+        with memory_watched(tmp_path, 3, GPU, history=True):
+            held.append(torch.ones(1024, device=GPU))
+            torch.empty(2**50, dtype=torch.uint8, device=GPU)
+
+    with pytest.raises(OutOfMemory) as raised:
+        too_much()
+    path = tmp_path / "rank3_out_of_memory.pickle"
+    assert str(path) in str(raised.value)
+    assert "rank 3: CUDA out of memory" in str(raised.value)
+    assert path.read_bytes().count(b"test_gpu.py")  # the line that allocated
+
+
+def test_a_profile_on_a_gpu_has_kernels_and_a_snapshot_of_the_memory(tmp_path: Path) -> None:
+    profiler = Profiler(tmp_path, 0, GPU, (1, 2), None)
+    for step in (1, 2, 3):
+        with profiler.traced(step):
+            torch.ones(64, 64, device=GPU) @ torch.ones(64, 64, device=GPU)
+    folder = tmp_path / "steps_1_to_2"
+    with gzip.open(folder / "rank0_trace.json.gz") as file:
+        assert "kernel" in {event.get("cat") for event in json.load(file)["traceEvents"]}
+    assert (folder / "rank0_memory.pickle").stat().st_size > 0
