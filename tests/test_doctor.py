@@ -20,7 +20,7 @@ import torch.distributed  # noqa: F401  # once, before the forks
 
 from dist_lowrank.cli import main
 from dist_lowrank.doctor.all_reduce import Reduced, disagreements
-from dist_lowrank.doctor.gpus import Gpu, check_gpus
+from dist_lowrank.doctor.gpus import Gpu, check_gpus, list_gpus
 from dist_lowrank.doctor.items import Item, as_text
 from dist_lowrank.doctor.machine import check_disk, check_locked_memory, check_open_files, check_shared_memory
 from dist_lowrank.doctor.meeting import check_clock
@@ -41,6 +41,13 @@ def free_port() -> int:
 def taken() -> Iterator[socket.socket]:
     with socket.create_server((A, 0)) as listener:
         yield listener
+
+
+def command_of(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:  # it has just ended
+        return ""
 
 
 class Node:
@@ -69,7 +76,7 @@ class Node:
 
     def kill_in_all_reduce(self) -> None:
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
-        while not children.read_text().strip():
+        while not any("all_reduce" in command_of(pid) for pid in children.read_text().split()):
             time.sleep(0.01)
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
@@ -162,9 +169,12 @@ def test_quick_imports_no_torch_and_takes_under_three_seconds(tmp_path: Path) ->
         (["--nodes", f"{A},{B}"], f"error: --nodes {A},{B}: {A} and {B} of them are this machine ("),
         (["--nodes", f"{A},{A}"], f"error: --nodes {A},{A}: is not allowed; allowed: each node once, such as "),
         (["--nodes", f"{A},{B}", "--node-rank", "2"], "error: --node-rank: 2 is not allowed; allowed: 0 to 1"),
+        (["--nodes", A, "--quick"], f"error: --nodes {A}: is not allowed with --quick; allowed: one of the two"),
+        (["--port", "70000"], "error: --port: 70000 is not allowed; allowed: 1 to 65535"),
+        (["--timeout-seconds", "0"], "error: --timeout-seconds: 0 is not allowed; allowed: more than 0"),
     ],
 )
-def test_lists_without_a_place_for_this_machine_are_refused(
+def test_options_without_a_meaning_here_are_refused(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", *options]) == 2
@@ -224,7 +234,14 @@ def test_limits_of_this_process_are_read_and_judged(tmp_path: Path) -> None:
         assert check_disk(str(tmp_path / "runs"), 0).found.endswith("cannot be written by this user")
 
 
-def test_gpus_that_are_missing_or_have_errors_fail() -> None:
+def test_gpus_that_are_missing_or_have_errors_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = tmp_path / "nvidia-smi"  # stands for a driver's, on machines without one
+    driver.write_text("#!/bin/sh\necho 'H100, 570.1, 81559 MiB, 0'\necho 'H100, 570.1, 81559 MiB, [N/A]'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert list_gpus() == [Gpu("H100", "570.1", "81559 MiB", "0"), Gpu("H100", "570.1", "81559 MiB", "[N/A]")]
+    driver.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
+    assert list_gpus() == "nvidia-smi: No devices were found"
     good, bad = Gpu("H100", "570.1", "81559 MiB", "0"), Gpu("H100", "570.1", "81559 MiB", "3")
     assert [item.status for item in check_gpus([good, good], 2)] == ["ok", "ok"]
     assert check_gpus([good], 2)[0].found == "1 answer, 2 should"

@@ -120,10 +120,7 @@ def _mean(points: Curve, column: int) -> float:
 
 def _memory(groups: Sequence[Group]) -> list[Plot]:
     """What ranks hold through the steps; and at the peak of a step, for the runs that tracked one."""
-    held = [
-        {cause: memory_by_rank(group, cause) for cause in causes([group]) if is_cause(cause) and cause not in OF_STEP}
-        for group in groups
-    ]
+    held = [{cause: memory_by_rank(group, cause) for cause in causes([group]) if is_cause(cause)} for group in groups]
     made = [_bars("memory", "Memory per rank by cause, held through the steps", groups, held)]
     if tracked := [group for group in groups if any(peak_by_rank(group))]:
         at_peak = []
@@ -179,7 +176,11 @@ def _bars(name: str, title: str, groups: Sequence[Group], held: Sequence[Mapping
 
 def _heat_map(groups: Sequence[Group]) -> Plot:
     """One panel per run, a row per cause, a column per rank; dark: close to the most of any rank and run."""
-    names = [c for c in causes(groups) if is_cause(c) and any(any(memory_by_rank(group, c)) for group in groups)]
+    names = [
+        cause
+        for cause in causes(groups)
+        if (is_cause(cause) or cause in OF_STEP) and any(any(memory_by_rank(group, cause)) for group in groups)
+    ]
     columns = min(4, len(groups))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(3.2 * columns + 2.2, (0.32 * len(names) + 0.9) * rows + 0.4), layout="constrained")

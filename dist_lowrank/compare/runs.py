@@ -11,7 +11,7 @@ from typing import Any
 
 from dist_lowrank.config import ConfigError, RunFolder, open_run
 from dist_lowrank.telemetry import tags
-from dist_lowrank.telemetry.causes import OF_STEP, is_cause, is_state
+from dist_lowrank.telemetry.causes import is_cause, is_state
 
 _MEMORY = tags.memory_bytes("")
 _AT_PEAK = tags.memory_at_peak_bytes("")
@@ -140,7 +140,7 @@ def _rank(lines: Sequence[dict[str, Any]], tokens_per_step: int) -> Rank:
         for cause, number in held.items():
             memory[cause] = max(number, memory.get(cause, number))
         state_bytes = max(state_bytes, sum(number for cause, number in held.items() if is_state(cause)))
-        held_through = [number for cause, number in held.items() if is_cause(cause) and cause not in OF_STEP]
+        held_through = [number for cause, number in held.items() if is_cause(cause)]
         peak = {tag.removeprefix(_AT_PEAK): int(n) for tag, n in line.items() if tag.startswith(_AT_PEAK)}
         if peak.get("total", 0) > at_peak.get("total", 0):
             at_peak = peak

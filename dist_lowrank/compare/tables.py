@@ -144,8 +144,7 @@ def _loss(comparison: Comparison) -> Table:
 def _memory(comparison: Comparison) -> Table:
     rows = []
     for group in comparison.groups:
-        names = sorted(causes([group]), key=lambda cause: not is_cause(cause))
-        for cause in names:
+        for cause in causes([group]):
             by_rank = memory_by_rank(group, cause)
             if any(by_rank):
                 rows.append([group.label, cause, _kind(cause), *_over_ranks(by_rank)])

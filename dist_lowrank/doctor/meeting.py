@@ -97,8 +97,9 @@ def _lead(place: Place, store: Store, port: int, own: Facts, least: float | None
             items.append(_equal_versions(place, [each.build for each in facts]))
         items.append(_all_reduced(place, done, least))
     store.set("verdict", json.dumps([asdict(item) for item in items]))
-    for rank in present[1:]:
-        _comes(store, f"bye/{rank}", 5)  # before this process, which hosts the store, ends
+    deadline = time.monotonic() + 5
+    for rank in present[1:]:  # before this process, which hosts the store, ends
+        _comes(store, f"bye/{rank}", deadline - time.monotonic())
     return items
 
 
@@ -163,7 +164,7 @@ def _tell_time(store: Store, others: Sequence[int], seconds: float) -> None:
     for rank in others:
         for number in range(_ASKS):
             if not _comes(store, f"clock/{rank}/{number}/ask", seconds):
-                return
+                break
             store.set(f"clock/{rank}/{number}/answer", repr(time.time()))
 
 

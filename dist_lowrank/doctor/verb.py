@@ -49,9 +49,16 @@ def add_doctor(verbs: argparse._SubParsersAction[Any]) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    from dist_lowrank.config import ConfigError
     from dist_lowrank.doctor.items import as_json, as_text, is_fit
     from dist_lowrank.doctor.machine import Expectations
 
+    if options.quick and options.nodes:
+        raise ConfigError(f"--nodes {options.nodes}: is not allowed with --quick; allowed: one of the two")
+    if not 0 < options.port < 65536:
+        raise ConfigError(f"--port: {options.port} is not allowed; allowed: 1 to 65535")
+    if options.timeout_seconds <= 0:
+        raise ConfigError(f"--timeout-seconds: {options.timeout_seconds:g} is not allowed; allowed: more than 0")
     expected = Expectations(options.runs, options.min_free_gib, options.gpus)
     rank = 0
     if options.quick:
