@@ -109,6 +109,17 @@ def test_what_cannot_be_started_is_refused_before_anything_is_written(
     assert not (folder / "runs").exists()
 
 
+def test_a_run_that_does_not_fit_its_accelerator_is_not_launched(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["launch", "--render-only", "launcher=slurm", "launcher.nproc_per_node=2", *TEXT]
+    assert main([*command, "launcher.accelerator=1MiB"]) == ExitCode.DOES_NOT_FIT
+    assert "does not fit: " in capsys.readouterr().out
+    assert main([*command, "launcher.accelerator=h1000"]) == ExitCode.CONFIGURATION
+    assert "launcher.accelerator: h1000 is not allowed; did you mean h100? allowed: " in capsys.readouterr().err
+    assert not (folder / "runs").exists()
+
+
 def test_a_prepared_attempt_is_claimed_once_and_every_later_start_makes_the_next(folder: Path) -> None:
     command = ["launch", "--render-only", "launcher=torchrun", "launcher.device=cpu", "launcher.nproc_per_node=2"]
     assert main([*command, *TEXT]) == ExitCode.FINISHED

@@ -46,6 +46,11 @@ class LauncherConfig:
     max_restarts: NonNegativeInt = 0  # after a rank failed, died or hung; resumes from the newest checkpoint
 
     @property
+    def node_count(self) -> int:
+        """The machines, containers or pods of a run."""
+        return 1
+
+    @property
     def world_sizes(self) -> tuple[int, ...] | None:
         """The numbers of processes that a run may have; None: what this machine has decides."""
         return None
@@ -69,10 +74,7 @@ class RenderingLauncher(LauncherConfig):
     environment: Environment = Field(default_factory=dict)  # more variables of the processes
     secret_environment: tuple[VariableName, ...] = ()  # names only: taken from where the job starts, written nowhere
     flight_recorder_entries: NonNegativeInt = 2000  # NCCL's last operations, dumped when a collective hangs; 0: none
-
-    @property
-    def node_count(self) -> int:
-        return 1
+    accelerator: str | None = None  # such as h100 or 80GiB: what does not fit it is refused; null: nothing is planned
 
     @property
     def world_sizes(self) -> tuple[int, ...]:

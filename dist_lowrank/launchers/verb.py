@@ -21,8 +21,11 @@ launchers (docs/launching.md; `dist-lowrank check launcher=NAME` prints every ke
   launcher=docker        one container; launcher=compose: several as nodes, for trying out
 
 exit codes: those of `train` where the command waits for the run (local, torchrun, docker, compose); else those of the
-command that submits
+command that submits; 5: it does not fit launcher.accelerator
 """
+
+
+_MARGIN = 0.1  # of the accelerator's memory, left for what no plan sees; as `dist-lowrank plan`
 
 
 def add_launch(verbs: argparse._SubParsersAction[Any]) -> None:
@@ -46,6 +49,8 @@ def _launch(options: argparse.Namespace) -> int:
 
     config = check_run(options.overrides)
     _check_startable(config, options.render_only)
+    if not _fits(config):
+        return ExitCode.DOES_NOT_FIT
     return start(config, create(config, options.overrides), render_only=options.render_only)
 
 
@@ -90,6 +95,22 @@ def _check_startable(config: RunConfig, render_only: bool) -> None:
         raise ConfigError(
             f"launcher.secret_environment: {', '.join(missing)} is not set here; allowed: variables that are set"
         )
+
+
+def _fits(config: RunConfig) -> bool:
+    """Plans a run for the accelerator that it is for, if that is told, and says what comes out."""
+    if config.launcher.name == "local" or config.launcher.accelerator is None:
+        return True
+    from dist_lowrank.planning.devices import capacity_bytes
+    from dist_lowrank.planning.plan import Planner
+    from dist_lowrank.planning.report import Report, verdict_line
+    from dist_lowrank.planning.verb import verdict_on
+
+    capacity = capacity_bytes(config.launcher.accelerator, "launcher.accelerator")
+    planner = Planner(config, config.launcher.world_sizes[0], "cuda")  # on the fewest processes, which hold the most
+    verdict = verdict_on(planner, config.launcher.accelerator, capacity, _MARGIN)
+    print(verdict_line(Report(config, planner.plan(), verdict, (), ())), flush=True)
+    return verdict.fits
 
 
 def _check_paths_in_pods(config: RunConfig) -> None:
