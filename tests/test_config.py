@@ -377,3 +377,13 @@ def test_a_part_of_a_recipe_is_one_override() -> None:
 def test_a_part_that_does_not_exist_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose(overrides)
+
+
+def test_steps_whose_memory_is_tracked_are_a_list_and_not_of_compiled_blocks() -> None:
+    assert compose([]).telemetry.memory_tracker_steps == ()
+    steps = "telemetry.memory_tracker_steps=[1,2]"
+    assert compose([steps]).telemetry.memory_tracker_steps == (1, 2)
+    with pytest.raises(ConfigError, match=r"telemetry.memory_tracker_steps: \[1, 2\] is not allowed .*compile=false"):
+        compose([steps, "model.compile=true"])
+    with pytest.raises(ConfigError, match=r"telemetry\.memory_tracker_steps"):
+        compose(["telemetry.memory_tracker_steps=[0]"])

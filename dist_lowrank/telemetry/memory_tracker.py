@@ -107,8 +107,8 @@ class MemoryTracker(TorchDispatchMode):
         held: Callable[[], Mapping[str, Iterable[Tensor]]],
         device: torch.device,
     ) -> None:
-        super().__init__()
-        self.device = device
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = torch.empty(0, device=device).device  # with its number
         self._model, self._optimizer, self._held = model, optimizer, held
         self._live: dict[int, _Storage] = {}  # by the address of what torch knows of the storage
         self._events: list[tuple[_Storage, int, int | None]] = []  # by how much it grew; what the allocator then had
@@ -130,11 +130,11 @@ class MemoryTracker(TorchDispatchMode):
         for handle in handles:
             self._stack.callback(handle.remove)
         self._stack.enter_context(_told_of_resizes(self._resized))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._stack.close()
         self._name(self._held())
         for storage in self._live.values():
@@ -251,7 +251,7 @@ def _told_of_resizes(tell: Callable[[torch.UntypedStorage], None]) -> Iterator[N
         tell(storage)
         return result
 
-    torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
