@@ -65,6 +65,7 @@ class VirtualHosts:
         _end_processes(_namespace(name))
 
 
+
 @contextlib.contextmanager
 def virtual_hosts(
     names: Sequence[str], *, megabits_per_second: float | None = None, latency_milliseconds: float = 0

@@ -169,9 +169,7 @@ def _start_munge(folder: Path, stack: contextlib.ExitStack) -> None:
     files = {"key-file": key, **{f"{name}-file": folder / f"munge.{name}" for name in ("pid", "log", "seed")}}
     paths = [f"--{name}={path}" for name, path in files.items()]
     # --force: it warns that others may not enter a temporary folder; there are no others.
-    subprocess.run(
-        ["munged", "--force", f"--socket={folder / 'munge.socket'}", *paths], check=True, capture_output=True
-    )
+    subprocess.run(["munged", "--force", f"--socket={folder / 'munge.socket'}", *paths], check=True, capture_output=True)
     stack.callback(os.kill, int((folder / "munge.pid").read_text()), signal.SIGTERM)
 
 
