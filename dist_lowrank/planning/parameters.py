@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -67,27 +67,15 @@ def planned_parameters(config: RunConfig, model: nn.Module | None = None) -> lis
             planned.append(PlannedParameter(name, tensor, number, dtype, form, recipe, recipe.state(form, dtype)))
     count = sum(each.form is not None for each in planned)
     positions = iter(range(count))
-    return [each if each.recipe is None else _at(each, next(positions), count) for each in planned]
+    return [
+        each if each.recipe is None else replace(each, recipe=each.recipe.at(next(positions), count))
+        for each in planned
+    ]
 
 
 def by_group(parameters: Sequence[PlannedParameter]) -> list[list[PlannedParameter]]:
     """The parameters of each group."""
     return [list(members) for _, members in groupby(parameters, key=lambda each: each.group)]
-
-
-def _at(parameter: PlannedParameter, position: int, count: int) -> PlannedParameter:
-    """With the recipe of its place among the matrices of the optimizer."""
-    assert parameter.recipe is not None
-    recipe = parameter.recipe.at(position, count)
-    return PlannedParameter(
-        parameter.name,
-        parameter.tensor,
-        parameter.group,
-        parameter.state_dtype,
-        parameter.form,
-        recipe,
-        parameter.specs,
-    )
 
 
 def _state_dtype(config: RunConfig, parameter: Tensor) -> torch.dtype:

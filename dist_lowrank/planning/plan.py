@@ -15,6 +15,7 @@ from dist_lowrank.planning.state import optimizer_bytes
 from dist_lowrank.planning.trace import Held
 from dist_lowrank.planning.weights import start_bytes, strategy_buffers, weight_bytes
 from dist_lowrank.telemetry.causes import CAUSES, OF_STEP
+from dist_lowrank.training.model import build_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ class Planner:
 
     def __init__(self, config: RunConfig, world_size: int, device_type: str = "cpu", *, traced: bool = True) -> None:
         self.config, self.world_size, self.device_type = config, world_size, device_type
-        self.parameters = planned_parameters(config)
+        self.model = build_model(config, meta=True)
+        self.parameters = planned_parameters(config, self.model)
         self.weights = weight_bytes(config, self.parameters, world_size)
         self.buffers = strategy_buffers(config, self.parameters, world_size)
         self.start_bytes = start_bytes(config, self.parameters, self.weights)
@@ -73,7 +75,7 @@ class Planner:
     def with_rank(self, rank: int | float) -> Plan:
         """With another rank of the subspace. What the arithmetic of the update needs stays as it is."""
         config = replace(self.config, optimizer=replace(self.config.optimizer, rank=rank))  # type: ignore[arg-type]
-        return self._plan(config, planned_parameters(config), None)
+        return self._plan(config, planned_parameters(config, self.model), None)
 
     def _plan(self, config: RunConfig, parameters: Sequence[PlannedParameter], micro_batch_size: int | None) -> Plan:
         state = optimizer_bytes(config, parameters, self.world_size, device_type=self.device_type)
@@ -82,11 +84,8 @@ class Planner:
             (count for cause, count in self.weights.items() if cause != "gradients"), nothing
         )
         gradients, size = self.weights["gradients"], micro_batch_size or config.train.micro_batch_size
-        passes, updates, notes = (
-            Held(self.buffers, self.buffers),
-            [Held(self.buffers, self.buffers)],
-            ["nothing estimated"],
-        )
+        passes = Held(self.buffers, self.buffers)
+        updates, notes = [passes], ["nothing estimated"]
         if (estimate := self.estimate) is not None:
             size = micro_batch_size or estimate.micro_batch_size
             passes = self._with_buffers(estimate.passes_of(size))

@@ -14,7 +14,7 @@ from dist_lowrank.planning.plan import Planner
 from dist_lowrank.planning.report import ranks_name
 from dist_lowrank.tables import empty_table
 from dist_lowrank.telemetry import tags
-from dist_lowrank.telemetry.causes import is_cause
+from dist_lowrank.telemetry.causes import RESIDUAL, is_cause
 
 TOTAL = "peak"  # of all causes together
 
@@ -41,7 +41,7 @@ def reconcile(run: str) -> Reconciled:
     """Plans a run as it was configured, and reads what it measured; as far as it measured.
 
     What lives within a step is measured at the steps that `telemetry.memory_tracker_steps` names, and on a GPU the
-    peak of all at each logged step.
+    peak of all at each logged step. `residual` is of things that no plan knows, on a CPU also the run's data.
 
     Raises:
         ConfigError: no run is there, or it is of another version.
@@ -56,7 +56,11 @@ def reconcile(run: str) -> Reconciled:
     measured = {
         cause: [rank.memory_bytes.get(cause) for rank in found.ranks] for cause in dict.fromkeys((*planned, *logged))
     }
-    measured[TOTAL] = [_peak(found.folder, rank) for rank in range(world_size)]
+    total = (tags.memory_bytes("allocator_peak"), tags.memory_at_peak_bytes("total"))
+    measured[TOTAL] = [_most(found.folder, rank, total) for rank in range(world_size)]
+    measured[RESIDUAL] = [
+        _most(found.folder, rank, [tags.memory_at_peak_bytes(RESIDUAL)]) for rank in range(world_size)
+    ]
     for cause in measured:
         planned.setdefault(cause, [0] * world_size)
     order = [*(cause for cause in planned if cause != TOTAL and _is_anything(planned[cause], measured[cause])), TOTAL]
@@ -67,9 +71,8 @@ def _is_anything(planned: Sequence[int], measured: Sequence[int | None]) -> bool
     return any(planned) or any(measured)
 
 
-def _peak(folder: RunFolder, rank: int) -> int | None:
-    """The most that the rank held at once, by torch's allocator, or at a tracked step by the tracker."""
-    names = (tags.memory_bytes("allocator_peak"), tags.memory_at_peak_bytes("total"))
+def _most(folder: RunFolder, rank: int, names: Sequence[str]) -> int | None:
+    """The largest of all that a rank logged under these tags."""
     with folder.metrics(rank).open(encoding="utf-8") as file:
         lines = [json.loads(line) for line in file if line.endswith("\n")]
     return max((int(line[name]) for line in lines for name in names if name in line), default=None)

@@ -15,7 +15,8 @@ from dist_lowrank.optim.blocks import Blocks
 from dist_lowrank.optim.columns import DictionaryColumns
 from dist_lowrank.optim.dense import arithmetic_dtype
 from dist_lowrank.optim.dion import DionRecipe
-from dist_lowrank.optim.projections import RandomizedSvd, Svd, SvdThenRandom
+from dist_lowrank.optim.grassmann import Grassmann
+from dist_lowrank.optim.projections import PowerIteration, RandomizedSvd, Svd, SvdThenRandom
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.shared_columns import SharedColumns
 from dist_lowrank.optim.shared_dictionary import role_key, shares_dictionary
@@ -85,9 +86,11 @@ def _diagnostics_bytes(recipe: Recipe, form: TallForm, parameter: Tensor, step: 
     subspace = getattr(recipe, "subspace", None)
     if isinstance(subspace, Svd | RandomizedSvd | SvdThenRandom) or isinstance(recipe, DionRecipe):
         return torch.float64.itemsize
+    choices = 2 if step is None else sum(recipe.refreshes(each) for each in range(1, step + 1))
+    if isinstance(subspace, PowerIteration | Grassmann):  # whose first choice is an SVD's
+        return torch.float64.itemsize if choices == 1 else 0
     if not isinstance(subspace, DictionaryColumns):
         return 0
-    choices = 2 if step is None else sum(recipe.refreshes(each) for each in range(1, step + 1))
     columns = form.rank * index_dtype(form.n).itemsize if choices > 1 else 0
     return arithmetic_dtype(parameter).itemsize + columns
 

@@ -1,0 +1,151 @@
+"""`dist-lowrank plan`: what it prints, its exit code, and how near it comes to a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from collectives import CountCollectives
+from processes import run_on_ranks
+from small_runs import TINY, folder_of, overrides_for, run_loop, write_text
+
+from dist_lowrank.cli import main
+from dist_lowrank.config import RunConfig, compose
+from dist_lowrank.planning.devices import capacity_bytes
+from dist_lowrank.planning.estimate import estimate_step
+from dist_lowrank.planning.fit import largest_micro_batch, largest_rank
+from dist_lowrank.planning.parameters import planned_parameters
+from dist_lowrank.planning.plan import Planner
+from dist_lowrank.planning.reconcile import TOTAL, reconcile
+from dist_lowrank.planning.trace import trace, with_blocks
+from dist_lowrank.planning.traffic import strategy_traffic
+from dist_lowrank.training.evaluate import next_token_loss
+from dist_lowrank.training.model import build_model
+from dist_lowrank.training.strategy import make_strategy
+
+OF_STEP = ("activations", "temporaries")
+
+
+def test_plan_tells_every_rank_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = [*TINY, "train.global_batch_size=12"]
+    assert main(["plan", "--world-size", "3", "--json", "--device", "1GiB", *overrides]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(kind["first_rank"], kind["last_rank"]) for kind in told["memory"]] == [(0, 1), (2, 2)]
+    expected = Planner(compose(overrides), 3, traced=False).plan().held
+    for kind in told["memory"]:
+        for cause, counts in expected.items():
+            assert kind["bytes"][cause] == counts[kind["first_rank"]] == counts[kind["last_rank"]]
+        assert kind["bytes"]["peak"] == max(kind["bytes"][name] for name in kind["bytes"] if name.startswith("peak of"))
+    verdict = told["verdict"]
+    assert verdict["fits"]
+    assert verdict["allowed_bytes"] == int(0.9 * 2**30)
+    assert verdict["largest_rank"] == 12
+    assert not dist.is_initialized()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_largest_micro_batch_and_rank_fit_and_larger_ones_do_not() -> None:
+    planner = Planner(compose([*TINY, "train.global_batch_size=4"]), 2)
+    allowed_bytes = int(planner.plan(5).peak_bytes.max())
+    assert largest_micro_batch(planner, allowed_bytes) == 5
+    assert planner.plan(6).peak_bytes.max() > allowed_bytes
+    rank_3, rank_4 = (planner.with_rank(rank) for rank in (3, 4))
+    of_steps = max(int(rank_3.forward_backward_bytes.max()), int(rank_3.update_bytes.max()))
+    assert int(rank_4.update_bytes.max()) > int(rank_3.update_bytes.max())
+    assert largest_rank(planner, of_steps) == 3
+    assert largest_rank(planner, 1000) == largest_micro_batch(planner, 1000) == 0
+
+
+def test_a_plan_that_does_not_fit_ends_with_code_4(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *TINY, "--world-size", "2", "--device", "300KiB"]) == 4
+    assert "does not fit: 0.00 GiB on rank 0, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "h1000"], "error: --device: h1000 is not allowed; did you mean h100? "),
+        (["--device", "h100", "--margin", "1"], "error: --margin: 1 is not allowed; allowed: "),
+        (["--world-size", "0"], "error: --world-size: 0 is not allowed; allowed: an integer >= 1"),
+        (["--world-size", "4", "--nodes", "3"], "error: --nodes: 3 is not allowed with 4 ranks; "),
+        (["--world-size", "3"], "error: train.global_batch_size: 8 is not allowed with 3 processes; "),
+        (["--reconcile", "no/such/run"], "error: no/such/run: "),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *TINY, *arguments]) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_devices_have_their_published_memory() -> None:
+    assert capacity_bytes("H100") == capacity_bytes("h100-80gb") == capacity_bytes("80GiB") == 80 * 2**30
+    assert capacity_bytes("A100") == capacity_bytes("a100 80gb") == 80 * 2**30
+    assert capacity_bytes("24GB") == 24 * 10**9
+    assert capacity_bytes("12345") == 12345
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["strategy=fsdp", "precision=bf16"], pytest.param(["strategy=ddp", "optimizer=adamw"], marks=pytest.mark.slow)],
+)
+def test_blocks_that_are_not_traced_are_told_to_the_byte(overrides: list[str]) -> None:
+    config = with_blocks(compose([*TINY, *overrides]), 7)
+    told, whole = estimate_step(config, 2), trace(config, 2, None, (2,))
+    assert told.passes.at_peak == whole.passes[2].at_peak
+    assert told.passes.most == whole.passes[2].most
+    assert whole.updates is not None
+    assert told.refresh.at_peak == whole.updates.refresh.at_peak
+    for cause, held in whole.updates.first.at_peak.items():  # which makes dictionaries in the middle of a wave
+        assert told.first.at_peak[cause] == pytest.approx(held, rel=0.02)
+
+
+def _sent(rank: int, config: RunConfig) -> int:
+    strategy = make_strategy(config, build_model(config), torch.device("cpu"))
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    strategy.backward(next_token_loss(strategy.model, tokens), last=True)  # afterwards, all is set up
+    with CountCollectives() as counter:
+        for last in (False, True):
+            strategy.backward(next_token_loss(strategy.model, tokens), last=last)
+    return sum(counter.sent_bytes)
+
+
+@pytest.mark.parametrize(("strategy", "processes"), [("fsdp", 3), ("hsdp", 4)])
+def test_planned_traffic_of_a_strategy_is_what_it_sends(strategy: str, processes: int) -> None:
+    shard_size = ["strategy.shard_size=2"] if strategy == "hsdp" else []
+    batch = f"train.global_batch_size={4 * processes}"
+    config = compose([*TINY, f"strategy={strategy}", *shard_size, batch, "precision=bf16"])
+    planned = strategy_traffic(config, planned_parameters(config), processes)
+    assert run_on_ranks(processes, _sent, config)[0] == sum(row.bytes for row in planned)
+
+
+def test_a_run_holds_what_was_planned(tmp_path: Path) -> None:
+    """Uneven shards, accumulation of gradients, a tracked step of each kind."""
+    (tmp_path / "text").mkdir()
+    text = write_text(tmp_path / "text")
+    more = ["train.steps=4", "train.global_batch_size=12", "telemetry.memory_tracker_steps=[1,2,3]", "strategy=fsdp"]
+    folder = folder_of(overrides_for(text, tmp_path / "runs", *more, "optimizer.refresh_interval=2"))
+    run_on_ranks(3, run_loop, folder)
+    found = reconcile(str(folder.path))
+    assert {"gradients", "gathered_parameters", "collective_buffers", "diagnostics"} <= found.planned.keys()
+    for rank in range(3):
+        for cause, planned in found.planned.items():
+            measured = found.measured[cause][rank]
+            assert measured is not None, cause
+            if cause in OF_STEP:
+                assert planned[rank] == pytest.approx(measured, rel=0.1), cause
+            elif cause == "refresh_workspace" and rank == 2:  # the plan is of rank 0, which has the most rows
+                assert planned[rank] > measured
+            elif cause not in (TOTAL, "residual"):
+                assert planned[rank] == measured, (cause, rank)
+        residual, total = found.measured["residual"][rank], found.measured[TOTAL][rank]
+        assert residual is not None
+        assert total is not None
+        assert found.planned[TOTAL][rank] == pytest.approx(total - residual, rel=0.05)
