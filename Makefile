@@ -8,7 +8,7 @@ TORCH := 2.13.0
 # Where pip finds the CPU build of torch if the user's own pip settings do not offer one.
 TORCH_PIP_ARGS ?= --index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: setup train test test-all test-newest test-torchao support-matrix fault-matrix optimizer-table lint format wheel clean
+.PHONY: setup train test test-all test-newest test-torchao test-triton support-matrix fault-matrix optimizer-table step-benchmark lint format wheel clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.installed
@@ -34,7 +34,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 # Also what takes long: the full flake hunt and other slow checks; and DeepSpeed in its newest version.
-test-all: setup test-newest test-torchao
+test-all: setup test-newest test-torchao test-triton
 	$(BIN)/python -m pytest $(ARGS)
 
 # What is built on private attributes of others, against their newest version.
@@ -47,6 +47,15 @@ test-newest: setup
 test-torchao: setup
 	$(BIN)/pip install --quiet --no-deps --target build/torchao torchao==0.18.0
 	PYTHONPATH=build/torchao $(BIN)/python -m pytest -m slow tests/test_factored_packages.py
+
+# Triton's kernels, in its interpreter where there is no GPU; kept apart, since torch uses whatever triton it finds.
+test-triton: setup
+	$(BIN)/pip install --quiet --no-deps --target build/triton triton==3.5.1
+	PYTHONPATH=build/triton $(BIN)/python -m pytest tests/test_triton_kernels.py
+
+# Times single steps on the matrices of LLaMA models beside those of others, and writes the tables of docs/speed.md.
+step-benchmark: setup
+	$(BIN)/python benchmarks/optimizer_step.py --write $(ARGS)
 
 # Runs the tests that say what runs exactly where, and writes their table into the README.
 support-matrix: setup
