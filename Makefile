@@ -8,8 +8,8 @@ TORCH := 2.13.0
 # Where pip finds the CPU build of torch if the user's own pip settings do not offer one.
 TORCH_PIP_ARGS ?= --index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: setup train test test-all test-newest test-torchao test-containers setup-slurm test-slurm test-hosts \
-	support-matrix fault-matrix optimizer-table browser screenshots lint format wheel clean
+.PHONY: setup train test test-all test-newest test-torchao test-triton test-containers setup-slurm test-slurm test-hosts \
+	support-matrix fault-matrix optimizer-table step-benchmark browser screenshots lint format wheel clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.installed
@@ -35,7 +35,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 # Also what takes long: the full flake hunt and other slow checks; and DeepSpeed in its newest version.
-test-all: setup browser setup-slurm test-newest test-torchao
+test-all: setup browser setup-slurm test-newest test-torchao test-triton
 	$(BIN)/python -m pytest $(ARGS)
 
 # What is built on private attributes of others, against their newest version.
@@ -63,6 +63,15 @@ test-slurm: setup-slurm
 
 test-hosts: setup
 	$(BIN)/python -m pytest tests/test_hosts.py $(ARGS)
+
+# Triton's kernels, in its interpreter where there is no GPU; kept apart, since torch uses whatever triton it finds.
+test-triton: setup
+	$(BIN)/pip install --quiet --no-deps --target build/triton triton==3.5.1
+	PYTHONPATH=build/triton $(BIN)/python -m pytest tests/test_triton_kernels.py
+
+# Times single steps on the matrices of LLaMA models beside those of others, and writes the tables of docs/speed.md.
+step-benchmark: setup
+	$(BIN)/python benchmarks/optimizer_step.py --write $(ARGS)
 
 # Runs the tests that say what runs exactly where, and writes their table into the README.
 support-matrix: setup
