@@ -36,9 +36,11 @@ JOB = [
     "launcher.device=cpu",
     "launcher.threads=1",
     "launcher.interface=eth0",
-    "train.eval_sequences=4",
-    "checkpoint.interval_steps=5",
 ]
+
+
+def _settings(steps: int, save_interval: int) -> list[str]:
+    return [f"train.steps={steps}", f"checkpoint.interval_steps={save_interval}", "train.eval_sequences=4"]
 
 
 def _launch(slurm: Slurm, folder: Path, overrides: list[str]) -> str:
@@ -85,7 +87,7 @@ def _undisturbed(text: str, runs: Path, *settings: str) -> RunFolder:
 
 
 def test_a_job_trains_20_steps_on_2_nodes_of_2_processes_as_one_machine_would(text: str, tmp_path: Path) -> None:
-    settings = [*JOB[-2:], "train.steps=20"]
+    settings = _settings(20, save_interval=5)
     with slurm_cluster(NODES) as slurm:
         job = _launch(slurm, tmp_path, overrides_for(text, tmp_path / "runs", *JOB, *settings))
         known = _finish(slurm, job)
@@ -99,12 +101,12 @@ def test_a_job_trains_20_steps_on_2_nodes_of_2_processes_as_one_machine_would(te
 def test_a_job_that_comes_to_its_time_limit_saves_requeues_and_ends_with_the_same_weights(
     text: str, tmp_path: Path
 ) -> None:
-    settings = [*JOB[-2:-1], "train.steps=60", "checkpoint.interval_steps=60"]  # so that only the signal saves before
+    settings = _settings(60, save_interval=60)  # so that only the signal saves before
     # Slurm looks every 30 seconds whether the lead has begun: half a minute to a minute after the start. A step takes
     # more than a second on this network.
     limit = ["launcher.time_limit_minutes=2", "launcher.signal_seconds=60"]
     with slurm_cluster(NODES, latency_milliseconds=20) as slurm:
-        job = _launch(slurm, tmp_path, overrides_for(text, tmp_path / "runs", *JOB[:-2], *settings, *limit))
+        job = _launch(slurm, tmp_path, overrides_for(text, tmp_path / "runs", *JOB, *settings, *limit))
         _wait(slurm, job, lambda _: bool(list(tmp_path.glob("runs/*/attempt-*/stopped.json"))))
         _wait(slurm, job, lambda known: known["JobState"] == "PENDING")
         slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # a busy machine would need many more times
@@ -120,7 +122,7 @@ def test_a_job_that_comes_to_its_time_limit_saves_requeues_and_ends_with_the_sam
 
 
 def test_a_job_whose_node_dies_is_requeued_and_ends_with_the_same_weights(text: str, tmp_path: Path) -> None:
-    settings = [*JOB[-2:], "train.steps=12"]
+    settings = _settings(12, save_interval=5)
     with slurm_cluster(NODES, latency_milliseconds=20) as slurm:
         job = _launch(slurm, tmp_path, overrides_for(text, tmp_path / "runs", *JOB, *settings))
         _wait_for_checkpoint(slurm, job, tmp_path / "runs")
@@ -137,14 +139,15 @@ def test_a_job_whose_node_dies_is_requeued_and_ends_with_the_same_weights(text: 
 def test_a_cancelled_job_saves_and_leaves_no_process_and_the_same_script_continues_it(
     text: str, tmp_path: Path
 ) -> None:
-    settings = [*JOB[-2:-1], "train.steps=12", "checkpoint.interval_steps=12"]
+    settings = _settings(12, save_interval=12)
     with slurm_cluster(NODES, latency_milliseconds=20) as slurm:
-        job = _launch(slurm, tmp_path, overrides_for(text, tmp_path / "runs", *JOB[:-2], *settings))
+        job = _launch(slurm, tmp_path, overrides_for(text, tmp_path / "runs", *JOB, *settings))
         metrics = "runs/*/attempt-1/metrics/rank_00000.jsonl"
         _wait(slurm, job, lambda _: any(path.stat().st_size for path in tmp_path.glob(metrics)))
         slurm.run("scancel", job)
         _wait(slurm, job, lambda known: known["JobState"] == "CANCELLED")
         slurm.wait_for_nodes()
+        assert [command for node in NODES for command in slurm.hosts.processes(node) if "dist_lowrank" in command] == []
         run = open_run(_run_in(tmp_path / "runs"))
         assert run.stopped is not None
         assert (run.stopped["exit_code"], run.stopped["reason"]) == (75, "SIGTERM")

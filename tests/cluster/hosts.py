@@ -66,6 +66,14 @@ class VirtualHosts:
         """Takes a host's link down: nothing reaches it, and nobody is told."""
         _run("ip", "-n", _namespace(name), "link", "set", "eth0", "down")
 
+    def processes(self, name: str) -> list[str]:
+        """The commands that run on a host."""
+        commands = []
+        for process in _processes(_namespace(name)):
+            with contextlib.suppress(OSError):
+                commands.append(Path(f"/proc/{process}/cmdline").read_text().replace("\0", " "))
+        return commands
+
     def kill_processes(self, name: str) -> None:
         """Kills everything that runs on a host."""
         _end_processes(_namespace(name))
@@ -159,13 +167,18 @@ def _remove(maker: int) -> None:
 
 def _end_processes(namespace: str) -> None:
     for attempt in range(100):
-        found = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=True)
-        if not found.stdout.split():
+        running = _processes(namespace)
+        if not running:
             return
-        for process in found.stdout.split():
+        for process in running:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(process), signal.SIGKILL)
+                os.kill(process, signal.SIGKILL)
         time.sleep(0.01 * attempt)
+
+
+def _processes(namespace: str) -> list[int]:
+    found = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=True)
+    return [int(process) for process in found.stdout.split()]
 
 
 def _namespace(name: str) -> str:
