@@ -63,15 +63,16 @@ def take_pictures(server: Server, page: Page) -> None:
     _open(server, page, "custom_scalars", 1500, 1550)
     _fill(page, "Write a regex to filter runs", "^dct_adamw.*rank")
     _fill(page, "weight", "0")  # of the smoothing
-    for title in ("moments", "rank 0", "rank 1"):
+    for title in ("rank 0", "rank 1"):
         card = page.locator("tf-custom-scalar-multi-line-chart-card").filter(has=page.get_by_text(title, exact=True))
-        card.first.get_by_text("Matches").click()
+        card.first.locator(".toggle-matches-button").click()
     _save(page, "custom-scalars")
 
     _open(server, page, "custom_scalars", 1500, 1200)
     _fill(page, "Write a regex to filter runs", "^twenty_ranks.*rank")
+    _fill(page, "weight", "0")
     time.sleep(5)
-    page.get_by_text("Over ranks: min, median, max").evaluate("element => element.scrollIntoView()")
+    page.get_by_text("Over ranks: min, median, max").evaluate("title => title.parentElement.scrollIntoView()")
     _save(page, "custom-scalars-over-ranks")
 
     _open(server, page, "hparams", 1700, 620)

@@ -250,12 +250,14 @@ def test_a_heat_map_has_a_dark_cell_where_the_most_is_whatever_the_ranks(ranks: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a browser on busy cores takes minutes
 def test_a_browser_shows_the_charts_of_each_rank(runs: dict[str, RunFolder], server: Server) -> None:
     browser = find_browser()
     if browser is None:
         pytest.skip("needs a browser of Chromium's family: `make browser` installs one")
     name = runs["low_rank"].path.name
     with browse(browser) as page:
+        page.set_default_timeout(250_000)
         page.goto(f"{server.url}/#custom_scalars")
         cards = page.locator("tf-custom-scalar-multi-line-chart-card")
         for title, curves in (
@@ -263,8 +265,8 @@ def test_a_browser_shows_the_charts_of_each_rank(runs: dict[str, RunFolder], ser
             ("rank 1", [(tags.memory_of_rank(1, cause), 1) for cause in ("parameters", "moments", "indices")]),
         ):
             card = cards.filter(has=page.get_by_text(title, exact=True)).first
-            card.get_by_text("Matches").click(timeout=60_000)
+            card.locator(".toggle-matches-button").click()
             for tag, rank in curves:
-                card.get_by_text(f"{tag} ({name}/attempt-1/tensorboard/rank_{rank:05d})").wait_for(timeout=60_000)
-            lines = card.locator("svg path.line")
-            assert sum(bool(line.get_attribute("d")) for line in lines.all()) >= len(curves)
+                card.get_by_text(f"{tag} ({name}/attempt-1/tensorboard/rank_{rank:05d})").wait_for()
+            drawn = [path.get_attribute("d") for path in card.locator("svg path.line").all()]
+            assert len([line for line in drawn if line]) >= len(curves)
