@@ -46,8 +46,7 @@ COPY --chmod=755 docker/entrypoint.sh /usr/local/bin/entrypoint.sh
 COPY launch launch
 ENTRYPOINT ["/usr/bin/tini", "--", "/usr/local/bin/entrypoint.sh"]
 CMD ["dist-lowrank", "train"]
-HEALTHCHECK --interval=5m --timeout=2m --start-period=1m --retries=2 \
-    CMD ["python", "-c", "import dist_lowrank.cli, torch; torch.ones(2).sum().item()"]
+HEALTHCHECK --interval=5m --timeout=1m --start-period=1m --retries=2 CMD ["dist-lowrank", "doctor", "--quick"]
 LABEL org.opencontainers.image.title="dist-lowrank" \
     org.opencontainers.image.description="Distributed pre-training with low-rank optimizer state" \
     org.opencontainers.image.licenses="Apache-2.0"

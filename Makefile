@@ -8,7 +8,8 @@ TORCH := 2.13.0
 # Where pip finds the CPU build of torch if the user's own pip settings do not offer one.
 TORCH_PIP_ARGS ?= --index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: setup train test test-all test-newest test-torchao test-containers support-matrix fault-matrix optimizer-table lint format wheel clean
+.PHONY: setup train test test-all test-newest test-torchao test-triton test-containers setup-slurm test-slurm test-hosts \
+	support-matrix fault-matrix optimizer-table step-benchmark browser screenshots lint format wheel clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.installed
@@ -34,7 +35,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 # Also what takes long: the full flake hunt and other slow checks; and DeepSpeed in its newest version.
-test-all: setup test-newest test-torchao
+test-all: setup browser setup-slurm test-newest test-torchao test-triton
 	$(BIN)/python -m pytest $(ARGS)
 
 # What is built on private attributes of others, against their newest version.
@@ -52,6 +53,26 @@ test-torchao: setup
 test-containers: setup
 	$(BIN)/python -m pytest tests/test_container.py $(ARGS)
 
+# Debian's packages of Slurm, for tests that are skipped without them. No service of the machine is started.
+setup-slurm: setup
+	$(BIN)/python tests/cluster/slurm.py --install || echo "without Slurm: tests/test_slurm.py will be skipped"
+
+# Jobs on a real Slurm, and runs over several hosts: as root, on network namespaces of this machine (docs/clusters.md).
+test-slurm: setup-slurm
+	$(BIN)/python -m pytest tests/test_slurm.py $(ARGS)
+
+test-hosts: setup
+	$(BIN)/python -m pytest tests/test_hosts.py $(ARGS)
+
+# Triton's kernels, in its interpreter where there is no GPU; kept apart, since torch uses whatever triton it finds.
+test-triton: setup
+	$(BIN)/pip install --quiet --no-deps --target build/triton triton==3.5.1
+	PYTHONPATH=build/triton $(BIN)/python -m pytest tests/test_triton_kernels.py
+
+# Times single steps on the matrices of LLaMA models beside those of others, and writes the tables of docs/speed.md.
+step-benchmark: setup
+	$(BIN)/python benchmarks/optimizer_step.py --write $(ARGS)
+
 # Runs the tests that say what runs exactly where, and writes their table into the README.
 support-matrix: setup
 	$(BIN)/python -m pytest --support-matrix $(ARGS)
@@ -59,6 +80,15 @@ support-matrix: setup
 # Runs every fault in every phase, and writes what happened into docs/faults.md.
 fault-matrix: setup
 	$(BIN)/python -m pytest --fault-matrix tests/test_fault_matrix.py $(ARGS)
+
+# A headless browser for the test that looks at TensorBoard, which is skipped without one. Debian's needs root.
+browser: setup
+	@command -v chromium || command -v google-chrome || apt-get install -y --no-install-recommends chromium || \
+		echo "no browser: install chromium, as root: apt-get install chromium"
+
+# Trains small models and takes the pictures of docs/tensorboard.md from TensorBoard, five minutes.
+screenshots: setup browser
+	$(BIN)/python tests/screenshots.py $(ARGS)
 
 # Trains the default model with every optimizer, a quarter of an hour, and writes the table of docs/optimizers.md.
 optimizer-table: setup

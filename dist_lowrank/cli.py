@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dist_lowrank.compare.verb import add_compare
+from dist_lowrank.doctor.verb import add_doctor
 from dist_lowrank.exit_codes import ExitCode
 from dist_lowrank.launchers.verb import add_launch, start
 from dist_lowrank.planning.verb import add_plan
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_compare(verbs)
     add_sweep(verbs)
     add_launch(verbs)
+    add_doctor(verbs)
     add_plan(verbs)
     options, left = parser.parse_known_args(arguments)
     if left and (not hasattr(options, "overrides") or any(each.startswith("-") for each in left)):
@@ -84,15 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dist_lowrank.config import ConfigError, create
-    from dist_lowrank.launchers.preparation import check_run
+    from dist_lowrank.config import create
+    from dist_lowrank.launchers.preparation import check_local_run
 
-    config = check_run(options.overrides)
-    if config.launcher.name != "local":
-        raise ConfigError(
-            f"launcher: {config.launcher.name} is not allowed to train on this machine; allowed: local "
-            "(or `dist-lowrank launch` with the same overrides)"
-        )
+    config = check_local_run(options.overrides)
     return start(config, create(config, options.overrides))
 
 

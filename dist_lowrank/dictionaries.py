@@ -190,8 +190,9 @@ class Dictionary:
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
-        tables = (self._atoms, self._formula and self._formula.table, self._fast and self._fast.twiddle)
-        return [table for table in tables if table is not None]
+        of_formula = self._formula.table if self._formula else None
+        of_transform = self._fast.twiddle if self._fast else None
+        return [table for table in (self._atoms, of_formula, of_transform) if table is not None]
 
     @property
     def storage_bytes(self) -> int:

@@ -12,7 +12,8 @@ class ExitCode(IntEnum):
     FAILED = 1  # an exception, or a rank that died; the same command continues from the newest checkpoint
     CONFIGURATION = 2  # refused; nothing was started
     NOT_HELD = 3  # of `compare` and `sweep`: an assertion does not hold
-    DOES_NOT_FIT = 4  # of `plan`: a rank needs more memory than the device has
+    UNFIT = 4  # of `doctor`: something failed that training needs
+    DOES_NOT_FIT = 5  # of `plan`: a rank needs more memory than the device has
     RANKS_DIFFER = 66  # in configuration, code or versions
     NOT_FINITE = 67  # loss or gradients, too often
     CHECKPOINT = 69  # cannot be read, or is not of this run

@@ -1,12 +1,14 @@
 """torchrun, but it ends with the exit code of the run.
 
 `python -m dist_lowrank.torchrun OPTIONS -m dist_lowrank.worker RUN`, with torchrun's own options. torchrun itself ends
-with 1 whatever its ranks ended with; schedulers need to know whether to start a job again (docs/faults.md).
+with 1 whatever its ranks ended with; schedulers need to know whether to start a job again (docs/faults.md). With
+`--nnodes 1` the rendezvous is on loopback, whatever the options say.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from torch.distributed.run import parse_args, run
 
 from dist_lowrank.config import ConfigError, open_run
 from dist_lowrank.exit_codes import ExitCode
+from dist_lowrank.launchers import loopback
 from dist_lowrank.launchers.endings import Interrupted, first_failure, how_stopped, interrupt
 
 
@@ -39,6 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The agent's own account of a failure is long and comes after the ranks' own.
     for name in ("", ".agent.server.api", ".agent.server.local_elastic_agent"):
         logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
+    if options.nnodes in ("1", "1:1"):
+        loopback.stay_on_loopback()
+        store = loopback.open_store()
+        options.rdzv_backend, options.rdzv_endpoint, options.node_rank = "static", "", 0
+        options.master_addr, options.master_port = loopback.ADDRESS, store.port
+    elif options.rdzv_backend == "c10d":
+        # A store for every group of ranks. The one that torchrun else keeps for all groups is on the node that was
+        # first at the beginning; when that is lost, the others go on asking there.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     signal.signal(signal.SIGINT, interrupt)
     try:
         run(options)  # type: ignore[no-untyped-call]

@@ -54,14 +54,20 @@ def main_torchrun(overrides: Sequence[str]) -> NoReturn:
 
 
 def _work_on_agreement(prepare: Callable[[int, str | None], dict[str, Any]], overrides: Sequence[str] = ()) -> NoReturn:
-    """Works on the attempt that rank 0 prepares for all ranks, which get its configuration from it too.
+    store = _store()
+    config, folder = _agree(store, prepare)
+    if os.environ["RANK"] == "0":
+        print(folder.announcement, flush=True)
+    _work(config, folder, store, speaks=True, overrides=overrides)
+
+
+def _agree(store: PrefixStore, prepare: Callable[[int, str | None], dict[str, Any]]) -> tuple[RunConfig, RunFolder]:
+    """The attempt that rank 0 prepares for all ranks, and its configuration. Leaves where there is nothing to do.
 
     Args:
         prepare: takes the number of ranks and, after a restart by torchrun, the folder of the attempt before.
-        overrides: as `identity` takes them.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = _store()
     of_all_restarts = store.underlying_store
     if of_all_restarts.check([_ENDED]):
         leave(int(of_all_restarts.get(_ENDED)))
@@ -80,10 +86,7 @@ def _work_on_agreement(prepare: Callable[[int, str | None], dict[str, Any]], ove
         else:
             store.set(f"told/{rank}", "")
         _end(ExitCode(prepared["exit_code"]), store, together=False)
-    config, folder = from_dict(prepared["config"]), RunFolder.of_attempt(prepared["attempt"])
-    if rank == 0:
-        print(folder.announcement, flush=True)
-    _work(config, folder, store, speaks=True, overrides=overrides)
+    return from_dict(prepared["config"]), RunFolder.of_attempt(prepared["attempt"])
 
 
 def leave(exit_code: int) -> NoReturn:
@@ -111,8 +114,12 @@ def _claim(run: Path, world_size: int) -> dict[str, Any]:
     """The configuration and folder of the attempt that these ranks work on: of a run that has been prepared."""
     from dist_lowrank.launchers.preparation import check_world
 
-    if open_run(run).is_finished:
+    last = open_run(run)
+    if last.is_finished:
         return {"message": f"{run} is finished", "exit_code": ExitCode.FINISHED}
+    # Nodes that lost one of theirs are stopped by SIGTERM too, to begin again without it.
+    if _restarts() and last.stopped and last.stopped["reason"] != "SIGTERM":
+        return {"message": f"{run} was stopped by {last.stopped['reason']}", "exit_code": last.stopped["exit_code"]}
 
     def claimed() -> RunFolder:
         check_world(open_run(run).config(), world_size)
@@ -227,12 +234,23 @@ def _all_are_here() -> bool:
 
 
 def _store() -> PrefixStore:
-    """The launcher's key-value store. Its prefix keeps a restarted group from reading its predecessor's addresses."""
+    """The launcher's key-value store, under a prefix that this group of ranks has for itself.
+
+    torchrun keeps one store for all groups, and a restarted one would read the addresses of the dead. The number of
+    restarts tells groups apart on one node only: of several, one that joins others which failed has not restarted
+    anything itself. There every group has a store of its own (see `dist_lowrank.torchrun`).
+    """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://"))
-    return PrefixStore(f"dist_lowrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    of_all_groups = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return PrefixStore(f"dist_lowrank/{_restarts() if of_all_groups else 0}", store)
+
+
+def _restarts() -> int:
+    """How often torchrun has restarted the ranks of this node after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _join(config: RunConfig, store: Store) -> torch.device:

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed_runs import set_environment
+from safetensors.torch import load_file
 from small_runs import folder_of
 from torch import Tensor
 
+from dist_lowrank.checkpoint.folders import committed
 from dist_lowrank.checkpoint.random_state import random_state
 from dist_lowrank.checkpoint.shards import own_parts
 from dist_lowrank.config import RunFolder
@@ -105,6 +107,16 @@ def assert_same(found: Whole, expected: Whole) -> None:
         assert found[name].shape == tensor.shape, name
         same = found[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
         assert same, f"{name} differs"
+
+
+def assert_same_end(run: Path, expected: Path) -> None:
+    """Of the newest checkpoints of two runs, of as many ranks: the same step, and everything in them to the bit."""
+    found, wanted = (committed(path / "checkpoints")[-1] for path in (run, expected))
+    assert found.name.partition("-step-")[2] == wanted.name.partition("-step-")[2]
+    names = sorted(path.name for path in wanted.glob("*.safetensors"))
+    assert sorted(path.name for path in found.glob("*.safetensors")) == names
+    for name in names:
+        assert_same(load_file(found / name), load_file(wanted / name))
 
 
 def without_random(whole: Whole) -> Whole:

@@ -49,9 +49,15 @@ class Server:
 @contextmanager
 def serve(folder: Path, timeout_seconds: float = 60) -> Iterator[Server]:
     """Serves a folder on loopback, at a port that is free."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", "127.0.0.1", "--port", "0"]
-    with (folder / "tensorboard.log").open("w+") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONWARNINGS": "ignore"})
+    options = ["--logdir", folder.name, "--host", "127.0.0.1", "--port", "0"]
+    with (folder / "tensorboard.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "tensorboard.main", *options],
+            cwd=folder.parent,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"PYTHONWARNINGS": "ignore"},
+        )
         try:
             deadline = time.monotonic() + timeout_seconds
             while not (found := re.search(r"http://127\.0\.0\.1:\d+", Path(log.name).read_text())):

@@ -273,8 +273,11 @@ def test_runs_that_measured_in_another_way_are_refused_or_noted(
     metrics = stored / "dct_adamw" / "attempt-1" / "metrics"
     for rank in (2, 3):  # which logged a cause that the other run did not
         text = (metrics / "rank_00001.jsonl").read_text()
-        causes = '"memory_bytes/activations": 100, "memory_bytes/residual": -7, "memory_bytes/gradients"'
-        (metrics / f"rank_{rank:05d}.jsonl").write_text(text.replace('"memory_bytes/gradients"', causes))
+        in_step = {"memory_bytes/activations": 40_000 + rank, "memory_bytes/temporaries": 90_000}
+        peak = {"parameters": 21_816, "activations": 40_000 + rank, "temporaries": 50, "residual": -7}
+        at_peak = {f"memory_at_peak_bytes/{cause}": n for cause, n in (peak | {"total": sum(peak.values())}).items()}
+        tracked = json.dumps({"step": 2, "time": 0.0} | in_step | at_peak)
+        (metrics / f"rank_{rank:05d}.jsonl").write_text(f"{text}{tracked}\n")
     with pytest.raises(ConfigError, match=r"^ranks: 2 in llama_tiny-adamw, 4 in llama_tiny-dct_adamw; allowed: "):
         compare(["adamw", "dct_adamw"], with_traffic=False)
     for run in ("adamw", "dct_adamw"):
@@ -282,10 +285,13 @@ def test_runs_that_measured_in_another_way_are_refused_or_noted(
     assert main(["compare", "adamw", "dct_adamw", "--no-traffic", "--out", "out"]) == 0
     printed = capsys.readouterr().out
     assert "- Not the same number of ranks for all (2, 4): bytes per rank, times and bytes sent are not like" in printed
-    assert "- Not logged by all: memory of activations; sums over all causes are not like for like." in printed
-    rows = [line.split() for line in printed.splitlines() if line.startswith("llama_tiny-dct_adamw ")]
-    assert ["activations", "0", "50", "100", "2", "200"] in [row[1:] for row in rows]
-    assert ["residual", "not", "a", "cause"] in [row[1:5] for row in rows]
+    assert "- Not logged by all: memory of activations, temporaries; all memory is not like for" in printed
+    rows = [line.split()[1:] for line in printed.splitlines() if line.startswith("llama_tiny-dct_adamw ")]
+    assert ["activations", "in", "a", "step", "0", "20,001", "40,003", "3", "80,005"] in rows
+    assert ["all", "memory", "sum", "78,462", "78,462", "78,462", "-", "313,848"] in rows, "no sum of several moments"
+    assert ["residual", "-7", "-4", "0", "0", "-14"] in rows
+    assert ["total", "0", "30,930", "61,862", "3", "123,723"] in rows
+    assert (stored / "out" / "memory_at_peak.svg").exists()
 
 
 def test_many_ranks_and_hostile_text_are_written_whole(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -253,6 +253,11 @@ def test_all_problems_are_told_at_once_one_line_each() -> None:
     ]
 
 
+def test_steps_to_profile_are_a_first_and_a_last() -> None:
+    assert compose(["telemetry.profile_steps=[10,12]"]).telemetry.profile_steps == (10, 12)
+    assert "telemetry.profile_steps: [12, 10] is not allowed" in refusal("telemetry.profile_steps=[12,10]")
+
+
 @pytest.mark.parametrize("key", ["hf_token", "data.api_key", "+model.config.password", "train.client_secret"])
 def test_credentials_are_refused_without_being_repeated(key: str) -> None:
     text = refusal(f"{key}=hunter2")
@@ -372,3 +377,13 @@ def test_a_part_of_a_recipe_is_one_override() -> None:
 def test_a_part_that_does_not_exist_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose(overrides)
+
+
+def test_steps_whose_memory_is_tracked_are_a_list_and_not_of_compiled_blocks() -> None:
+    assert compose([]).telemetry.memory_tracker_steps == ()
+    steps = "telemetry.memory_tracker_steps=[1,2]"
+    assert compose([steps]).telemetry.memory_tracker_steps == (1, 2)
+    with pytest.raises(ConfigError, match=r"telemetry.memory_tracker_steps: \[1, 2\] is not allowed .*compile=false"):
+        compose([steps, "model.compile=true"])
+    with pytest.raises(ConfigError, match=r"telemetry\.memory_tracker_steps"):
+        compose(["telemetry.memory_tracker_steps=[0]"])

@@ -19,10 +19,11 @@ import pytest
 
 PROJECT = Path(__file__).parents[1]
 SCRIPT = str(PROJECT / "docker" / "without_engine.sh")
-COMPOSE = [str(Path(sys.executable).with_name("podman-compose")), "--file", str(PROJECT / "docker" / "compose.yaml")]
+PODMAN_COMPOSE = str(Path(sys.executable).with_name("podman-compose"))
+COMPOSE = [PODMAN_COMPOSE, "--file", str(PROJECT / "docker" / "compose.yaml")]
 # Nothing that a container may do without.
 CONFINED = ["--cap-drop=ALL", "--security-opt=no-new-privileges", "--read-only", "--read-only-tmpfs=false"]
-TRAIN = ["train.steps=20", "checkpoint.interval_steps=5"]
+TRAIN = ["train.steps=20", "checkpoint.interval_steps=5"]  # as in docker/compose.yaml
 SIZE_LIMIT_BYTES = 1.8e9
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -102,17 +103,25 @@ def test_two_containers_as_nodes_train_to_the_weights_of_one(undisturbed: bytes,
     runs = tmp_path / "runs"
     runs.mkdir()
     os.chown(runs, 1000, 1000)
-    settings = {"RUNS": str(runs), "OVERRIDES": " ".join(TRAIN)}
     try:
-        _run(*COMPOSE, "up", **settings)
-        assert [_exit_code(f"dist-lowrank_node{number}_1") for number in range(2)] == [0, 0]
+        output = _run(*COMPOSE, "up", RUNS=str(runs)).stdout
+        assert [_exit_code(f"dist-lowrank_node{number}_1") for number in range(2)] == [0, 0], output
     finally:
-        _run(*COMPOSE, "down", check=False, **settings)
+        _run(*COMPOSE, "down", check=False, RUNS=str(runs))
     assert _weights(runs) == undisturbed
 
 
 def _exit_code(container: str) -> int:
     return int(_run("podman", "inspect", "--format={{.State.ExitCode}}", container).stdout)
+
+
+@pytest.mark.parametrize(("launcher", "program"), [("docker", "podman"), ("compose", PODMAN_COMPOSE)])
+def test_what_launch_renders_trains(launcher: str, program: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dist_lowrank.cli", "launch", f"launcher={launcher}", "train.steps=3"]
+    command += [f"launcher.command=[{SCRIPT},run,{program}]", "launcher.unlimited_memlock=false"]
+    launched = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert launched.returncode == 0, launched.stderr
+    assert len(list(tmp_path.glob("runs/*/FINISHED"))) == 1
 
 
 def test_deepspeed_needs_no_compiler_and_no_known_user(tmp_path: Path) -> None:
@@ -129,7 +138,7 @@ def test_there_is_no_compiler_no_cache_and_no_secret_in_it() -> None:
     look = r"""
         for name in gcc g++ cc c++ clang nvcc ld as make git ssh sshd curl wget; do command -v $name; done
         ls -A ~root/.cache /var/lib/apt/lists /run/secrets /etc/pip.conf /wheel /build /tmp
-        find / -xdev \( -name '*.whl' -o -name .git -o -name .env -o -name 'id_rsa*' \)
+        find /opt /workspace ~root /home /data /runs -name '*.whl' -o -name .git -o -name '.env*' -o -name 'id_rsa*'
         find /opt /workspace /usr \( -user 1000 -o -perm -002 \) ! -type l
     """
     command = ["podman", "run", "--rm", "--network=none", "--user=0", "--entrypoint=sh", "dist-lowrank:cpu", "-c", look]
@@ -143,6 +152,6 @@ def test_what_the_image_says_of_itself() -> None:
     assert facts["Labels"]["org.opencontainers.image.revision"] != "unknown"
     assert not [line for line in facts["Config"]["Env"] if "PIP" in line or "CERT" in line or "TOKEN" in line]
     assert facts["Size"] < SIZE_LIMIT_BYTES
-    health = facts["HealthCheck"]["Test"]
+    health = facts["Healthcheck"]["Test"]
     assert health[0] == "CMD"
     _run(*_podman("--tmpfs=/tmp", "dist-lowrank:cpu", *health[1:]))

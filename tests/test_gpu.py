@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -17,7 +22,11 @@ from trajectories import (
     train,
 )
 
+from dist_lowrank.optim import DCTAdamW
 from dist_lowrank.subspaces import top_columns
+from dist_lowrank.telemetry.memory import memory_by_cause, model_tensors, state_tensors
+from dist_lowrank.telemetry.memory_tracker import MemoryTracker
+from dist_lowrank.telemetry.profiling import OutOfMemory, Profiler, memory_watched
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -86,3 +95,62 @@ def test_a_state_moves_from_a_cpu_to_a_gpu(kind: str) -> None:
         feed(of_there, there, [gradient.to(GPU) for gradient in gradients])
     for p, q in zip(here, there, strict=True):
         torch.testing.assert_close(q.detach().cpu(), p.detach(), rtol=0, atol=1e-10)
+
+
+def test_running_out_of_memory_writes_a_snapshot_that_the_error_names(tmp_path: Path) -> None:
+    held = []
+
+    def too_much() -> None:
+        with memory_watched(tmp_path, 3, GPU, history=True):
+            held.append(torch.ones(1024, device=GPU))
+            torch.empty(2**50, dtype=torch.uint8, device=GPU)
+
+    with pytest.raises(OutOfMemory) as raised:
+        too_much()
+    path = tmp_path / "rank3_out_of_memory.pickle"
+    assert str(path) in str(raised.value)
+    assert "rank 3: CUDA out of memory" in str(raised.value)
+    assert path.read_bytes().count(b"test_gpu.py")  # the line that allocated
+
+
+def test_a_profile_on_a_gpu_has_kernels_and_a_snapshot_of_the_memory(tmp_path: Path) -> None:
+    profiler = Profiler(tmp_path, 0, GPU, (1, 2), None)
+    for step in (1, 2, 3):
+        with profiler.traced(step):
+            torch.ones(64, 64, device=GPU) @ torch.ones(64, 64, device=GPU)
+    folder = tmp_path / "steps_1_to_2"
+    with gzip.open(folder / "rank0_trace.json.gz") as file:
+        assert "kernel" in {event.get("cat") for event in json.load(file)["traceEvents"]}
+    assert (folder / "rank0_memory.pickle").stat().st_size > 0
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, DCTAdamW])
+def test_causes_explain_what_the_allocator_has_given_out_at_the_peak_of_a_step(optimizer: Any) -> None:
+    """The tracker's peak is the allocator's; it cannot name roundings to 512 bytes and operators' scratch."""
+    width = 1024
+    layers = [layer for _ in range(4) for layer in (torch.nn.Linear(width, width), torch.nn.GELU())]
+    model = torch.nn.Sequential(*layers).to(GPU)
+    updater = optimizer(model.parameters())
+
+    def held() -> dict[str, list[torch.Tensor]]:
+        return {**model_tensors(model), **state_tensors(updater)}
+
+    def step() -> None:
+        model(torch.ones(2048, width, device=GPU)).square().mean().backward()
+        updater.step()
+        updater.zero_grad()
+
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    with MemoryTracker(model, updater, held, torch.device("cuda", torch.cuda.current_device())) as tracker:
+        step()
+    told = tracker.told()
+    print(f"{told.total_bytes} of {torch.cuda.max_memory_allocated()}: {dict(told.at_peak)}")
+    assert told.total_bytes == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.02)
+    assert sum(told.at_peak.values()) == told.total_bytes
+    assert abs(told.at_peak["residual"]) < 0.05 * told.total_bytes
+    assert told.at_peak["parameters"] == 4 * 4 * (width * width + width)
+    assert told.most["activations"] >= 4 * 4 * 2048 * width
+    by_cause = memory_by_cause(model, updater)
+    assert min(by_cause["fragmentation"], by_cause["outside_allocator"]) >= 0
+    assert by_cause["allocator_peak"] == torch.cuda.max_memory_allocated()

@@ -31,6 +31,8 @@ def csv_text(comparison: Comparison) -> str:
             for number, rank in enumerate(run.ranks):
                 for cause, count in rank.memory_bytes.items():
                     writer.writerow([group.label, run.seed, f"memory_bytes.{cause}", number, "", count])
+                for cause, count in rank.at_peak.items():
+                    writer.writerow([group.label, run.seed, f"memory_at_peak_bytes.{cause}", number, "", count])
             for tag in (tags.LOSS_VALIDATION, tags.LOSS_TRAIN):
                 for tokens, _, point in run.curve(tag):
                     writer.writerow([group.label, run.seed, tag.replace("/", "."), "", tokens, repr(point)])
@@ -50,6 +52,7 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
                 "steps": run.entries[-1].step,
                 "tokens": run.entries[-1].tokens,
                 "memory_bytes_by_rank": [dict(rank.memory_bytes) for rank in run.ranks],
+                "memory_at_peak_bytes_by_rank": [dict(rank.at_peak) for rank in run.ranks],
                 "validation_loss": [_finite(point) for point in run.curve(tags.LOSS_VALIDATION)],
             }
             for run in group.runs

@@ -17,7 +17,7 @@ p, ul { max-width: 50rem; color: #444; margin: .3rem 0 .6rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
 th { border-bottom: 2px solid #888; font-weight: 600; } td:first-child { white-space: nowrap; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; } td.number { white-space: nowrap; } th { vertical-align: bottom; }
 tbody tr:hover { background: #f4f6fa; } .fails { color: #b00020; font-weight: 700; }
 figure { margin: .5rem 0; } svg { max-width: 100%; height: auto; }
 """

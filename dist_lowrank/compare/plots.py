@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from matplotlib.ticker import EngFormatter
 
 from dist_lowrank.compare.comparison import Comparison
 from dist_lowrank.compare.groups import Group
-from dist_lowrank.compare.quantities import Curve, causes, memory_by_rank, value_at
+from dist_lowrank.compare.quantities import Curve, causes, in_order, memory_by_rank, peak_by_rank, value_at
 from dist_lowrank.compare.runs import Run
 from dist_lowrank.telemetry import tags
-from dist_lowrank.telemetry.causes import is_cause
+from dist_lowrank.telemetry.causes import OF_STEP, is_cause
 
 # Okabe and Ito's colours, which most colour-blind people can tell apart; more runs than colours change the dashes.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -40,6 +40,9 @@ _CAUSE_COLOURS = {
     "activations": "#D6A5C9",
     "temporaries": "#D8B5A5",
     "inputs": "#439894",
+    "buffers": "#79706E",
+    "diagnostics": "#86BCB6",
+    "residual": "#D4D4D4",
 }
 _MOST_RANKS = 16  # with a bar each; of more, those with least, median and most
 _MOST_WRITTEN = 4  # ranks of a heat map that have their numbers written in
@@ -63,7 +66,7 @@ class Plot:
 
 def plots(comparison: Comparison) -> list[Plot]:
     """All plots for which there are numbers."""
-    made = [_loss(comparison.groups), _memory(comparison.groups), _heat_map(comparison.groups)]
+    made = [_loss(comparison.groups), *_memory(comparison.groups), _heat_map(comparison.groups)]
     if any(run.families() for group in comparison.groups for run in group.runs):
         made.append(_energy(comparison.groups))
     return made
@@ -115,9 +118,27 @@ def _mean(points: Curve, column: int) -> float:
     return sum(point[column] for point in points) / len(points)
 
 
-def _memory(groups: Sequence[Group]) -> Plot:
-    """Stacked bars: one per rank, the ranks of a run next to each other."""
-    names = _ordered_causes(groups)
+def _memory(groups: Sequence[Group]) -> list[Plot]:
+    """What ranks hold through the steps; and at the peak of a step, for the runs that tracked one."""
+    held = [{cause: memory_by_rank(group, cause) for cause in causes([group]) if is_cause(cause)} for group in groups]
+    made = [_bars("memory", "Memory per rank by cause, held through the steps", groups, held)]
+    if tracked := [group for group in groups if any(peak_by_rank(group))]:
+        at_peak = []
+        for group in tracked:
+            peaks = peak_by_rank(group)
+            names = dict.fromkeys(cause for peak in peaks for cause in peak if cause != "total")
+            at_peak.append({cause: [max(0, peak.get(cause, 0)) for peak in peaks] for cause in names})
+        made.append(_bars("memory_at_peak", "Memory per rank by cause, at the peak of a step", tracked, at_peak))
+    return made
+
+
+def _bars(name: str, title: str, groups: Sequence[Group], held: Sequence[Mapping[str, list[int]]]) -> Plot:
+    """Stacked bars: one per rank, the ranks of a run next to each other.
+
+    Args:
+        held: by group: bytes by rank, by cause.
+    """
+    names = in_order(cause for of_group in held for cause in of_group)
     shown = [_shown_ranks(group) for group in groups]
     figure = Figure(figsize=(max(7.0, 2 + 0.45 * sum(map(len, shown))), 4.5), layout="constrained")
     axes = figure.subplots()
@@ -130,9 +151,9 @@ def _memory(groups: Sequence[Group]) -> Plot:
     for cause in names:
         colour = _CAUSE_COLOURS.get(cause) or next(spare)
         label = _plain(cause)
-        for group, ranks, where, bottom in zip(groups, shown, places, bottoms, strict=True):
-            by_rank = memory_by_rank(group, cause)
-            heights = [by_rank[rank] for rank in ranks]
+        for of_group, ranks, where, bottom in zip(held, shown, places, bottoms, strict=True):
+            by_rank = of_group.get(cause, [])
+            heights = [by_rank[rank] for rank in ranks] if by_rank else []
             if any(heights):
                 axes.bar(
                     where, heights, 0.85, bottom=bottom, color=colour, label=label, edgecolor="white", linewidth=0.3
@@ -150,19 +171,16 @@ def _memory(groups: Sequence[Group]) -> Plot:
     axes.set(ylabel="memory (bytes)", xlabel="\n\nrank")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     _clean(axes)
-    return Plot("memory", "Memory per rank by cause", figure)
-
-
-def _ordered_causes(groups: Sequence[Group]) -> list[str]:
-    """Of which a rank holds something; known ones first, in the order of their colours."""
-    names = [c for c in causes(groups) if is_cause(c) and any(any(memory_by_rank(group, c)) for group in groups)]
-    known = list(_CAUSE_COLOURS)
-    return sorted(names, key=lambda cause: known.index(cause) if cause in known else len(known))
+    return Plot(name, title, figure)
 
 
 def _heat_map(groups: Sequence[Group]) -> Plot:
     """One panel per run, a row per cause, a column per rank; dark: close to the most of any rank and run."""
-    names = _ordered_causes(groups)
+    names = [
+        cause
+        for cause in causes(groups)
+        if (is_cause(cause) or cause in OF_STEP) and any(any(memory_by_rank(group, cause)) for group in groups)
+    ]
     columns = min(4, len(groups))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(3.2 * columns + 2.2, (0.32 * len(names) + 0.9) * rows + 0.4), layout="constrained")

@@ -12,6 +12,7 @@ from dist_lowrank.compare.groups import Group
 from dist_lowrank.compare.runs import Rank, Run
 from dist_lowrank.compare.traffic import Traffic
 from dist_lowrank.telemetry import tags
+from dist_lowrank.telemetry.causes import CAUSES
 
 Curve = Sequence[tuple[int, float, float]]  # (tokens, seconds, value)
 
@@ -134,16 +135,25 @@ def quantities(group: Group, row: LossRow, index: int, traffic: Traffic | None) 
 
 
 def causes(groups: Sequence[Group]) -> list[str]:
-    """The names under which the groups' ranks logged bytes, in the order of the first that has them."""
-    return list(
-        dict.fromkeys(c for group in groups for run in group.runs for rank in run.ranks for c in rank.memory_bytes)
-    )
+    """The names under which the groups' ranks logged bytes, in order."""
+    return in_order(c for group in groups for run in group.runs for rank in run.ranks for c in rank.memory_bytes)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Each name once: causes as they are shown everywhere, then what is not known."""
+    return sorted(dict.fromkeys(names), key=lambda name: CAUSES.index(name) if name in CAUSES else len(CAUSES))
 
 
 def memory_by_rank(group: Group, cause: str) -> list[int]:
     """Bytes of one cause by rank: the most of any seed."""
     ranks = zip(*(run.ranks for run in group.runs), strict=True)
     return [max(each.memory_bytes.get(cause, 0) for each in seeds) for seeds in ranks]
+
+
+def peak_by_rank(group: Group) -> list[Mapping[str, int]]:
+    """Bytes by cause at the peak of a tracked step, by rank: of the seed with the highest; empty without one."""
+    ranks = zip(*(run.ranks for run in group.runs), strict=True)
+    return [max((each.at_peak for each in seeds), key=lambda peak: peak.get("total", 0)) for seeds in ranks]
 
 
 def captured_energy(group: Group, family: str) -> Mean | None:

@@ -14,6 +14,7 @@ from dist_lowrank.telemetry import tags
 from dist_lowrank.telemetry.causes import is_cause, is_state
 
 _MEMORY = tags.memory_bytes("")
+_AT_PEAK = tags.memory_at_peak_bytes("")
 _ENERGY = tags.captured_energy("")
 
 
@@ -33,7 +34,8 @@ class Rank:
 
     memory_bytes: Mapping[str, int]  # by cause, the most at any logged step; also figures that are no causes
     state_bytes: int  # all that the optimizer holds, its dictionary included; the most at any logged step
-    total_bytes: int  # all causes; the most at any logged step
+    total_bytes: int  # what it held at the peak of a tracked step; else all that it held through the steps, at most
+    at_peak: Mapping[str, int]  # by cause, `residual` and `total` included, at that peak; empty if no step was tracked
     optimizer_milliseconds: float | None  # per step; the first logged one, in which everything warms up, left out
     optimizer_share: float | None  # of the time of a step, 0 to 1
 
@@ -131,13 +133,18 @@ def _rank_files(folder: RunFolder) -> list[Path]:
 
 def _rank(lines: Sequence[dict[str, Any]], tokens_per_step: int) -> Rank:
     memory: dict[str, int] = {}
+    at_peak: dict[str, int] = {}
     state_bytes = total_bytes = 0
     for line in lines:
         held = {tag.removeprefix(_MEMORY): int(n) for tag, n in line.items() if tag.startswith(_MEMORY)}
         for cause, number in held.items():
             memory[cause] = max(number, memory.get(cause, number))
         state_bytes = max(state_bytes, sum(number for cause, number in held.items() if is_state(cause)))
-        total_bytes = max(total_bytes, sum(number for cause, number in held.items() if is_cause(cause)))
+        held_through = [number for cause, number in held.items() if is_cause(cause)]
+        peak = {tag.removeprefix(_AT_PEAK): int(n) for tag, n in line.items() if tag.startswith(_AT_PEAK)}
+        if peak.get("total", 0) > at_peak.get("total", 0):
+            at_peak = peak
+        total_bytes = max(total_bytes, sum(held_through), at_peak.get("total", 0))
     timed = _without_warm_up([line for line in lines if line.get(tags.TOKENS_PER_SECOND)])
     milliseconds = [line[tags.OPTIMIZER_MILLISECONDS] for line in timed]
     step_milliseconds = [1000 * tokens_per_step / line[tags.TOKENS_PER_SECOND] for line in timed]
@@ -145,6 +152,7 @@ def _rank(lines: Sequence[dict[str, Any]], tokens_per_step: int) -> Rank:
         memory_bytes=memory,
         state_bytes=state_bytes,
         total_bytes=total_bytes,
+        at_peak=at_peak,
         optimizer_milliseconds=math.fsum(milliseconds) / len(timed) if timed else None,
         optimizer_share=math.fsum(milliseconds) / math.fsum(step_milliseconds) if timed else None,
     )

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dist_lowrank.compare.quantities import Mean, captured_energy, causes, memory_by_rank, ratio
+from dist_lowrank.compare.quantities import Mean, captured_energy, causes, in_order, memory_by_rank, peak_by_rank, ratio
 from dist_lowrank.compare.traffic import Traffic
-from dist_lowrank.telemetry.causes import is_cause, is_state
+from dist_lowrank.telemetry.causes import OF_STEP, is_cause, is_state
 
 if TYPE_CHECKING:
     from dist_lowrank.compare.comparison import Comparison
@@ -37,6 +37,7 @@ def tables(comparison: Comparison) -> list[Table]:
         _settings(comparison),
         _loss(comparison),
         _memory(comparison),
+        _peak(comparison),
         _speed(comparison),
         _traffic(comparison),
         _energy(comparison),
@@ -143,21 +144,42 @@ def _loss(comparison: Comparison) -> Table:
 def _memory(comparison: Comparison) -> Table:
     rows = []
     for group in comparison.groups:
-        names = sorted(causes([group]), key=lambda cause: not is_cause(cause))
-        for cause in names:
+        for cause in causes([group]):
             by_rank = memory_by_rank(group, cause)
             if any(by_rank):
-                kind = "state" if is_state(cause) else "" if is_cause(cause) else "not a cause"
-                rows.append([group.label, cause, kind, *_over_ranks(by_rank)])
-        for name, of_rank in (("optimizer state", "state_bytes"), ("all causes", "total_bytes")):
+                rows.append([group.label, cause, _kind(cause), *_over_ranks(by_rank)])
+        for name, of_rank in (("optimizer state", "state_bytes"), ("all memory", "total_bytes")):
             ranks = zip(*(run.ranks for run in group.runs), strict=True)
             rows.append([group.label, name, "sum", *_over_ranks([max(getattr(r, of_rank) for r in s) for s in ranks])])
     explanation = (
-        "Bytes, the most at any logged step. Worst: the number of the rank that holds most, - where all hold "
-        "the same. What is marked as state is what the optimizer holds between steps, its dictionary included."
+        "Bytes, of each cause the most at any logged step. Worst: the number of the rank that holds most, - where all "
+        "hold the same. What is marked as state is what the optimizer holds between steps, its dictionary included. "
+        "All memory: what is held through the steps, or what was measured at the peak of a tracked step."
     )
     headings = ["run", "cause", "kind", "min", "median", "max", "worst rank", "sum over ranks"]
     return Table("Memory per rank by cause", explanation, headings, rows)
+
+
+def _kind(cause: str) -> str:
+    if cause in OF_STEP:
+        return "in a step"
+    return "state" if is_state(cause) else "" if is_cause(cause) else "not a cause"
+
+
+def _peak(comparison: Comparison) -> Table:
+    rows = []
+    for group in comparison.groups:
+        peaks = peak_by_rank(group)
+        for cause in in_order(cause for peak in peaks for cause in peak):
+            by_rank = [peak.get(cause, 0) for peak in peaks]
+            if any(by_rank):
+                rows.append([group.label, cause, *_over_ranks(by_rank)])
+    explanation = (
+        "Bytes at the moment of a tracked step (telemetry.memory_tracker_steps) at which a rank held the most. Causes "
+        "and the residual, which they do not explain, add up to the total, which is measured."
+    )
+    headings = ["run", "cause", "min", "median", "max", "worst rank", "sum over ranks"]
+    return Table("Memory at the peak of a step", explanation, headings, rows)
 
 
 def _speed(comparison: Comparison) -> Table:

@@ -19,13 +19,11 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dist_lowrank.config.credentials import is_credential
 from dist_lowrank.config.cross_checks import check_combinations
 from dist_lowrank.config.errors import ConfigError, show, suggestion
 from dist_lowrank.config.schema import RunConfig
 from dist_lowrank.config.validate import from_dict
-
-# `eos_token_id` and `sample_tokens` are no secrets; `hf_token` is.
-_CREDENTIAL = re.compile(r"(^|_)(token|api_?key|secret|password|passwd|credentials?)$", re.IGNORECASE)
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -93,6 +91,13 @@ def _accepted_by_hydra(overrides: Sequence[str], directory: Path) -> list[str]:
 
 
 def _parse(text: str) -> Override:
+    name, _, value = text.partition("=")
+    key = name.lstrip("+~").partition("@")[0]
+    if is_credential(key.split(".")[-1], value.strip("'\"")):  # first of all, so that no message repeats it
+        raise ConfigError(
+            f"{key}: credentials are not allowed on the command line, where they would be saved with the run; "
+            "allowed: the environment variable of the service, such as HF_TOKEN"
+        )
     try:
         override = OverridesParser.create().parse_override(text)
     except (OverrideParseException, HydraException) as error:
@@ -101,11 +106,6 @@ def _parse(text: str) -> Override:
             "(quote a value with spaces or special characters: 'key=\"a value\"')"
         ) from error
     key = override.key_or_group
-    if _CREDENTIAL.search(key.split(".")[-1]):
-        raise ConfigError(
-            f"{key}: credentials are not allowed on the command line, where they would be saved with the run; "
-            "allowed: the environment variable of the service, such as HF_TOKEN"
-        )
     if re.split(r"[./]", key)[0] == "hydra":
         raise ConfigError(f"{key}: Hydra's own settings are not allowed; allowed: `runs` and `name` for the run folder")
     if override.package is not None:

@@ -21,6 +21,7 @@ def check_combinations(config: RunConfig) -> None:
         *_sizes_that_differ(config),
         *_precision_of_zero(config),
         *_low_rank_gradients(config),
+        *_tracker_of_compiled(config),
     ]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -66,6 +67,17 @@ def _precision_of_zero(config: RunConfig) -> list[str]:
     return [
         f"precision: {config.precision.name} is not allowed with strategy={config.strategy.name}; allowed: fp32, bf16 "
         "(DeepSpeed keeps master weights in fp32)"
+    ]
+
+
+def _tracker_of_compiled(config: RunConfig) -> list[str]:
+    """Compiled blocks allocate where no operator tells of it."""
+    steps = config.telemetry.memory_tracker_steps
+    if not steps or not config.model.compile:
+        return []
+    return [
+        f"telemetry.memory_tracker_steps: {list(steps)} is not allowed with model.compile=true; allowed: [], or "
+        "model.compile=false"
     ]
 
 

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from dist_lowrank.config.credentials import is_credential
 from dist_lowrank.config.types import STRICT, NonNegativeInt, PositiveInt
 
 # What is rendered into scripts unquoted, or read back by other programs, is kept to plain characters.
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]*$", description="a host name or address")]
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$", description="without spaces or quotes")]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9._/][A-Za-z0-9._:/@+-]*$", description="without spaces or quotes")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="the name of a variable")]
 ObjectName = Annotated[
     str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$", description="of small letters, digits and '-'")
 ]
 Path = Annotated[str, Field(pattern=r"^[^\x00-\x1f'\"$`\\]+$", description="a path without quotes, '$' or '\\'")]
 Port = Annotated[int, Field(ge=1024, le=65535, strict=True)]
-
-_CREDENTIAL_NAME = re.compile(r"(^|_)(tokens?|api_?keys?|secrets?|password|passwd|credentials?)($|_)", re.IGNORECASE)
-_CREDENTIAL_VALUE = re.compile(
-    r"^(hf_[A-Za-z0-9]{16,}|gh[opsu]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,}|AKIA[A-Z0-9]{12,}|xox[abp]-\S{10,}|"
-    r"eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_.-]+|-----BEGIN [A-Z ]*PRIVATE KEY.*)$|^[a-z0-9+.-]+://[^/\s:@]+:[^/\s@]+@",
-    re.DOTALL,
-)
-
-
-def is_credential(name: str, value: str = "") -> bool:
-    """Whether a variable of this name, or a text like this, is likely a credential: a token, a key, a URL's password.
-
-    `HF_TOKEN` and `hf_...` are; `eos_token_id` and `TOKENIZERS_PARALLELISM` are not.
-    """
-    named = bool(_CREDENTIAL_NAME.search(name)) and not name.lower().endswith(("token_id", "tokens", "_file"))
-    return named or bool(_CREDENTIAL_VALUE.match(value))
 
 
 def _without_credentials(environment: dict[str, str]) -> dict[str, str]:
@@ -62,6 +46,11 @@ class LauncherConfig:
     max_restarts: NonNegativeInt = 0  # after a rank failed, died or hung; resumes from the newest checkpoint
 
     @property
+    def node_count(self) -> int:
+        """The machines, containers or pods of a run."""
+        return 1
+
+    @property
     def world_sizes(self) -> tuple[int, ...] | None:
         """The numbers of processes that a run may have; None: what this machine has decides."""
         return None
@@ -85,10 +74,7 @@ class RenderingLauncher(LauncherConfig):
     environment: Environment = Field(default_factory=dict)  # more variables of the processes
     secret_environment: tuple[VariableName, ...] = ()  # names only: taken from where the job starts, written nowhere
     flight_recorder_entries: NonNegativeInt = 2000  # NCCL's last operations, dumped when a collective hangs; 0: none
-
-    @property
-    def node_count(self) -> int:
-        return 1
+    accelerator: str | None = None  # such as h100 or 80GiB: what does not fit it is refused; null: nothing is planned
 
     @property
     def world_sizes(self) -> tuple[int, ...]:
@@ -188,14 +174,20 @@ class Container(RenderingLauncher):
     image: Word = "dist-lowrank:cpu"
     user: Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$", description="uid:gid")] | None = None  # null: who launches
     shared_memory_gib: PositiveInt = 8  # /dev/shm, for NCCL and data workers
+    read_only_root: bool = True  # /tmp is a file system of its own
+
+
+@dataclass(frozen=True, config=STRICT)
+class HostContainer(Container):
+    """A container that an engine on this machine starts."""
+
     unlimited_memlock: bool = True  # for RDMA, which pins memory
     infiniband: bool = False  # /dev/infiniband and the capability IPC_LOCK
-    read_only_root: bool = True  # /tmp is a tmpfs
     mounts: dict[Path, Path] = Field(default_factory=dict)  # more of the host, read-only, to a path in the container
 
 
 @dataclass(frozen=True, config=STRICT)
-class DockerLauncher(Container):
+class DockerLauncher(HostContainer):
     """One container on this machine."""
 
     name: Literal["docker"] = "docker"
@@ -204,7 +196,7 @@ class DockerLauncher(Container):
 
 
 @dataclass(frozen=True, config=STRICT)
-class ComposeLauncher(Container):
+class ComposeLauncher(HostContainer):
     """Several containers on this machine as nodes, for trying out."""
 
     name: Literal["compose"] = "compose"
@@ -217,3 +209,44 @@ class ComposeLauncher(Container):
     @property
     def node_count(self) -> int:
         return self.nodes
+
+
+@dataclass(frozen=True, config=STRICT)
+class KubernetesLauncher(Container):
+    """Pods as nodes: a TrainJob of Kubeflow Trainer, or an Indexed Job where that is not installed."""
+
+    name: Literal["kubernetes"] = "kubernetes"
+    kind: Literal["trainjob", "job"] = "trainjob"
+    command: Annotated[tuple[Word, ...], Field(min_length=1)] = ("kubectl",)
+    namespace: ObjectName | None = None  # null: of kubectl's context
+    nodes: PositiveInt = 1
+    port: Port = 29400
+    join_timeout_seconds: PositiveInt = 600
+    claim: ObjectName = "runs"  # volume claim for run folders, mounted at /runs; all nodes write it
+    data_claim: ObjectName | None = None  # volume claim for data, mounted at /data, read-only
+    secret: ObjectName = "dist-lowrank"  # object with a key for each name in secret_environment
+    cpus: PositiveInt | None = None  # per node; null: threads x nproc_per_node
+    memory_gib: PositiveInt | None = None  # per node; null: no request
+    rdma_resource: Word | None = None  # of the cluster's device plugin, such as rdma/hca_shared_devices_a
+    node_selector: dict[Word, Word] = Field(default_factory=dict)
+    max_failures: NonNegativeInt = 6  # of pods, by codes 1 and 76 and others; stops by code 75 do not count
+
+    @property
+    def node_count(self) -> int:
+        return self.nodes
+
+
+@dataclass(frozen=True, config=STRICT)
+class DeepSpeedLauncher(Nodes):
+    """DeepSpeed's launcher and hostfile start one torchrun on each host."""
+
+    name: Literal["deepspeed"] = "deepspeed"
+    hosts: Annotated[tuple[Host, ...], Field(min_length=1)] = ("localhost",)  # the first one hosts the rendezvous
+    transport: Literal["pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich"] = "pdsh"  # between hosts
+    command: Annotated[tuple[Word, ...], Field(min_length=1)] = ("deepspeed",)
+    python: Path | None = None  # on the hosts; null: the path of this command's own
+    work_directory: Path | None = None
+
+    @property
+    def node_count(self) -> int:
+        return len(self.hosts)

@@ -15,7 +15,9 @@ from pydantic.dataclasses import dataclass
 
 from dist_lowrank.config.launchers import (
     ComposeLauncher,
+    DeepSpeedLauncher,
     DockerLauncher,
+    KubernetesLauncher,
     LocalLauncher,
     SlurmLauncher,
     TorchrunLauncher,
@@ -284,7 +286,13 @@ class RunConfig:
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     resume: ResumeConfig = Field(default_factory=ResumeConfig)
     launcher: Annotated[
-        LocalLauncher | TorchrunLauncher | DockerLauncher | ComposeLauncher | SlurmLauncher,
+        LocalLauncher
+        | TorchrunLauncher
+        | DeepSpeedLauncher
+        | DockerLauncher
+        | ComposeLauncher
+        | SlurmLauncher
+        | KubernetesLauncher,
         Field(discriminator="name"),
     ] = Field(default_factory=LocalLauncher)
     seed: NonNegativeInt = 0

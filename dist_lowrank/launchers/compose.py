@@ -5,8 +5,6 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-import yaml
-
 from dist_lowrank.config.launchers import ComposeLauncher
 from dist_lowrank.launchers.containers import (
     WORKSPACE,
@@ -14,7 +12,8 @@ from dist_lowrank.launchers.containers import (
     container_environment,
     mounts,
 )
-from dist_lowrank.launchers.job import Job, joined, loopback_rendezvous, rendezvous_options
+from dist_lowrank.launchers.job import ONE_NODE, Job, joined, rendezvous_options
+from dist_lowrank.launchers.manifests import dump
 
 
 def render(job: Job[ComposeLauncher]) -> dict[str, str]:
@@ -32,28 +31,6 @@ def commands(job: Job[ComposeLauncher]) -> list[list[str]]:
     file = f"{joined(job.work_directory, job.folder)}/compose.yaml"
     until_one_ends = ["--abort-on-container-exit", "--exit-code-from", "node0"]
     return [[*job.launcher.command, "-p", job.name, "-f", file, "up", *until_one_ends]]
-
-
-def dump(*documents: dict[str, Any]) -> str:
-    """YAML as people write it: in the order of the keys, without anchors."""
-    return str(yaml.dump_all(documents, Dumper=_PlainDumper, sort_keys=False, width=110))
-
-
-class _PlainDumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Repeats what appears twice; indents lists; texts of several lines as such."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        super().increase_indent(flow, False)
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_PlainDumper.add_representer(str, _text)
 
 
 def _service(job: Job[ComposeLauncher], rank: int) -> dict[str, Any]:
@@ -89,7 +66,7 @@ def _service(job: Job[ComposeLauncher], rank: int) -> dict[str, Any]:
 def _rendezvous(job: Job[ComposeLauncher], rank: int) -> list[str]:
     launcher = job.launcher
     if launcher.nodes == 1:
-        return loopback_rendezvous(job)
+        return ONE_NODE
     return rendezvous_options(
         job,
         backend=launcher.rendezvous,

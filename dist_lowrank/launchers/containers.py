@@ -40,7 +40,7 @@ def mounts(job: Job[RenderingLauncher], more: dict[str, str]) -> list[Mount]:
     """
     runs = job.run.rpartition("/")[0] or "."
     found = [Mount(joined(job.work_directory, runs), RUNS, read_only=False)]
-    for path, read_only in _paths_of(job.config):
+    for path, read_only in paths_of(job.config):
         found.append(Mount(joined(job.work_directory, path), joined(WORKSPACE, path), read_only))
     found += [Mount(joined(job.work_directory, host), inside) for host, inside in more.items()]
     return list(dict.fromkeys(found))
@@ -73,7 +73,7 @@ def uses_hub(config: RunConfig) -> bool:
     return config.data.source == "hub" or any(name is not None and not os.path.exists(name) for name in names)
 
 
-def _paths_of(config: RunConfig) -> list[tuple[str, bool]]:
+def paths_of(config: RunConfig) -> list[tuple[str, bool]]:
     """Files and folders of the host that the configuration names, and whether they are only read."""
     data = config.data
     read = [getattr(data, "path", None), getattr(data, "validation_path", None), config.strategy.config]

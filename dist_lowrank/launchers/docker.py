@@ -6,7 +6,7 @@ import shlex
 
 from dist_lowrank.config.launchers import DockerLauncher
 from dist_lowrank.launchers.containers import WORKSPACE, container_command, container_environment, mounts
-from dist_lowrank.launchers.job import Job, joined, loopback_rendezvous, needed_secrets
+from dist_lowrank.launchers.job import ONE_NODE, Job, joined, needed_secrets
 
 
 def render(job: Job[DockerLauncher]) -> dict[str, str]:
@@ -15,7 +15,7 @@ def render(job: Job[DockerLauncher]) -> dict[str, str]:
         f"exec {shlex.join([*job.launcher.command, 'run', '--rm', '--name', job.name])}",
         *(shlex.join(option) for option in _options(job)),
         shlex.quote(job.launcher.image),
-        *container_command(job, loopback_rendezvous(job)),
+        *container_command(job, ONE_NODE),
     ]
     lines = [
         "#!/usr/bin/env bash",

@@ -21,6 +21,9 @@ AnyLauncher = TypeVar("AnyLauncher", bound=RenderingLauncher, covariant=True)
 SIGNALS = "SIGTERM,SIGHUP,SIGQUIT,SIGUSR1"
 
 
+ONE_NODE = ["--nnodes 1"]  # `dist_lowrank.torchrun` then has its rendezvous on loopback
+
+
 @dataclass(frozen=True)
 class Job(Generic[AnyLauncher]):
     """One attempt of a run, as its launcher will see it."""
@@ -36,8 +39,10 @@ class Job(Generic[AnyLauncher]):
     @property
     def name(self) -> str:
         """Of the run, in characters that every scheduler and container engine takes."""
-        plain = "".join(letter if letter.isalnum() else "-" for letter in self.run.rstrip("/").rpartition("/")[2])
-        return plain.strip("-").lower()
+        folder = self.run.rstrip("/").rpartition("/")[2].lower()
+        plain = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in folder)
+        short = plain if len(plain) <= 40 else f"{plain[:23].rstrip('-')}-{plain[-16:].lstrip('-')}"
+        return short if short[0].isalpha() else f"run-{short}"
 
     @property
     def folder(self) -> str:
@@ -58,8 +63,7 @@ def environment(job: Job[RenderingLauncher], run: str) -> dict[str, str]:
     """
     launcher = job.launcher
     variables = {"OMP_NUM_THREADS": str(launcher.threads), "PYTHONUNBUFFERED": "1"}
-    single = launcher.node_count == 1
-    interface = launcher.interface or ("lo" if single else None)
+    interface = launcher.interface or ("lo" if launcher.node_count == 1 else None)
     if interface is not None:
         variables["GLOO_SOCKET_IFNAME"] = interface
     if launcher.device == "cuda":
@@ -94,11 +98,6 @@ def torchrun_options(job: Job[RenderingLauncher], rendezvous: Sequence[str]) -> 
     ]
 
 
-def loopback_rendezvous(job: Job[RenderingLauncher]) -> list[str]:
-    """For a single node: a free port of this machine."""
-    return [f"--nnodes 1 --rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-id {job.name} --local-addr localhost"]
-
-
 def rendezvous_options(
     job: Job[RenderingLauncher],
     *,
@@ -128,17 +127,20 @@ def rendezvous_options(
     ]
 
 
-def node_script(job: Job[RenderingLauncher], about: str, python: str, rendezvous: Sequence[str]) -> str:
+def node_script(
+    job: Job[RenderingLauncher], about: str, python: str, rendezvous: Sequence[str], prepare: Sequence[str] = ()
+) -> str:
     """A bash script that is one node of the run.
 
     Args:
         about: what to say at its top.
         python: on the node.
+        prepare: further lines, before the command.
     """
     lines = ["#!/usr/bin/env bash", *(f"# {line}" for line in about.splitlines()), "set -euo pipefail"]
     lines.append(f"cd {shlex.quote(job.work_directory)}")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment(job, job.run).items()]
-    lines += needed_secrets(job.launcher)
+    lines += [*needed_secrets(job.launcher), *prepare]
     command = [
         f"exec {shlex.quote(python)} -m dist_lowrank.torchrun",
         *torchrun_options(job, rendezvous),

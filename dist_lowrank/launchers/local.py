@@ -15,6 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from dist_lowrank.checkpoint.folders import newest_line
 from dist_lowrank.config import RunConfig, RunFolder, begin_again
 from dist_lowrank.exit_codes import RESTARTED, ExitCode
+from dist_lowrank.launchers import loopback
 from dist_lowrank.launchers.endings import Interrupted, first_failure, how_stopped, interrupt
 from dist_lowrank.launchers.preparation import resolve_processes
 
@@ -45,13 +46,16 @@ def _launch_once(config: RunConfig, folder: RunFolder) -> ExitCode:
     # The launcher's own account of a failure is long and comes after the worker's; `_report` says it once.
     for name in ("", ".agent.server.api", ".agent.server.local_elastic_agent"):
         logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
+    loopback.stay_on_loopback()
+    store = loopback.open_store()
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,
         run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # a free port
+        rdzv_backend="static",
+        rdzv_endpoint=f"{loopback.ADDRESS}:{store.port}",
+        rdzv_configs={"rank": 0, "timeout": config.launcher.timeout_seconds},
         local_addr="localhost",  # the machine's own name need not resolve
         max_restarts=0,
         monitor_interval=0.1,

@@ -32,6 +32,21 @@ def check_run(overrides: Sequence[str], world_size: int | None = None) -> RunCon
     return config
 
 
+def check_local_run(overrides: Sequence[str]) -> RunConfig:
+    """As `check_run`, for a run that this command itself is to start on this machine.
+
+    Raises:
+        ConfigError: if the run could not work, or has another launcher.
+    """
+    config = check_run(overrides)
+    if config.launcher.name != "local":
+        raise ConfigError(
+            f"launcher: {config.launcher.name} is not allowed here, where runs start on this machine; allowed: local "
+            "(or `dist-lowrank launch` with the same overrides)"
+        )
+    return config
+
+
 def prepare_resume(run: str, overrides: Sequence[str]) -> tuple[RunConfig, RunFolder]:
     """As `prepare_run`, for a new attempt of an unfinished run, configured as its last attempt was.
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_lowrank.config import RunConfig, RunFolder
-from dist_lowrank.config.launchers import Container, RenderingLauncher
+from dist_lowrank.config.launchers import HostContainer, RenderingLauncher
 from dist_lowrank.config.run_folder import write_atomically
-from dist_lowrank.launchers import compose, docker, slurm, torchrun
+from dist_lowrank.launchers import compose, deepspeed, docker, kubernetes, slurm, torchrun
 from dist_lowrank.launchers.job import Job
 
 
@@ -27,6 +27,8 @@ class Renderer:
 
 RENDERERS = {
     "torchrun": Renderer(torchrun.render, torchrun.commands),
+    "deepspeed": Renderer(deepspeed.render, deepspeed.commands),
+    "kubernetes": Renderer(kubernetes.render, kubernetes.commands),
     "slurm": Renderer(slurm.render, slurm.commands),
     "slurm_pyxis": Renderer(slurm.render, slurm.commands),
     "docker": Renderer(docker.render, docker.commands),
@@ -64,7 +66,7 @@ def write_files(job: Job[Any], folder: RunFolder) -> list[Path]:
         if text.startswith("#!"):
             path.chmod(0o755)
         written.append(path)
-    if isinstance(job.launcher, Container):
+    if isinstance(job.launcher, HostContainer):
         _give_to_user(job, folder)
     return written
 

@@ -6,7 +6,7 @@ import shlex
 from string import Template
 
 from dist_lowrank.config.launchers import SlurmLauncher
-from dist_lowrank.launchers.job import Job, joined, loopback_rendezvous, node_script, rendezvous_options
+from dist_lowrank.launchers.job import ONE_NODE, Job, joined, node_script, rendezvous_options
 
 _BATCH = Template("""\
 #!/usr/bin/env bash
@@ -38,7 +38,9 @@ while :; do
 done
 echo "$run ended with exit code $$code (docs/faults.md)"
 
-if [ "$$code" -eq 75 ] && [ "$${SLURM_RESTART_COUNT:-0}" -lt $max_requeues ]; then
+# After scancel the run was stopped too, but the job is no longer one that runs.
+state=$$(squeue --noheader --jobs "$$SLURM_JOB_ID" --format %T)
+if [ "$$code" -eq 75 ] && [ "$$state" = RUNNING ] && [ "$${SLURM_RESTART_COUNT:-0}" -lt $max_requeues ]; then
     scontrol requeue "$$SLURM_JOB_ID"
 fi
 exit "$$code"
@@ -121,7 +123,7 @@ def _quoted(path: str) -> str:
 def _rendezvous(job: Job[SlurmLauncher]) -> list[str]:
     launcher = job.launcher
     if launcher.nodes == 1:
-        return loopback_rendezvous(job)
+        return ONE_NODE
     return rendezvous_options(
         job,
         backend=launcher.rendezvous,

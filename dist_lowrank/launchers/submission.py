@@ -18,10 +18,11 @@ from dist_lowrank.launchers.rendering import RENDERERS
 def submit(job: Job[Any]) -> int:
     """Runs the job's commands side by side; signals go to all of them.
 
-    When one fails the others get `launcher.stop_seconds` to end by themselves, unless the run can go on without it.
+    When one fails the others get `launcher.stop_seconds` to end by themselves. If the run can go on without it, they
+    get them when the run is finished: a node that was cut off may not notice.
 
     Returns:
-        The exit code of the command that failed first; 0 if none did.
+        The exit code of the command that failed first; 0 if none did, or if the run has finished without it.
     """
     elastic = getattr(job.launcher, "min_nodes", None) is not None
     code = 0
@@ -33,16 +34,24 @@ def submit(job: Job[Any]) -> int:
             except OSError as error:
                 print(f"error: {command[0]}: {error.strerror}; the files are written", file=sys.stderr)
                 code = ExitCode.FAILED
-        deadline = None
+        deadline, told_to_end = None, False
         while any(process.poll() is None for process in running):
             code = code or next((process.returncode for process in running if process.returncode), 0)
-            if code and not elastic and deadline is None:
+            if deadline is None and (_finished(running) if elastic else code):
                 deadline = time.monotonic() + job.launcher.stop_seconds
             if deadline is not None and time.monotonic() > deadline:
-                _signal_all(running, signal.SIGTERM)
-                deadline = float("inf")
+                # torchrun may be waiting for a node that is no longer there, and then hears no other signal.
+                _signal_all(running, signal.SIGKILL if told_to_end else signal.SIGTERM)
+                deadline, told_to_end = time.monotonic() + job.launcher.stop_seconds, True
             time.sleep(0.1)
+        if elastic and _finished(running):
+            return ExitCode.FINISHED
         return code or next((process.returncode for process in running if process.returncode), 0)
+
+
+def _finished(running: list[subprocess.Popen[bytes]]) -> bool:
+    """Whether the run is: one of its nodes says so."""
+    return any(process.returncode == 0 for process in running)
 
 
 @contextmanager

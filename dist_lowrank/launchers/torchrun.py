@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from dist_lowrank.config.launchers import TorchrunLauncher
-from dist_lowrank.launchers.job import Job, joined, loopback_rendezvous, node_script, rendezvous_options
+from dist_lowrank.launchers.job import ONE_NODE, Job, joined, node_script, rendezvous_options
 
 
 def render(job: Job[TorchrunLauncher]) -> dict[str, str]:
@@ -44,7 +44,7 @@ def _rendezvous(job: Job[TorchrunLauncher], rank: int) -> list[str]:
     launcher = job.launcher
     nodes = len(launcher.hosts)
     if nodes == 1:
-        return loopback_rendezvous(job)
+        return ONE_NODE
     return rendezvous_options(
         job,
         backend=launcher.rendezvous,

@@ -16,11 +16,16 @@ launchers (docs/launching.md; `dist-lowrank check launcher=NAME` prints every ke
   launcher=local         this machine, as `dist-lowrank train`
   launcher=torchrun      several hosts: 'launcher.hosts=[node0,node1]'
   launcher=slurm         sbatch, one torchrun per node; launcher=slurm_pyxis: in a container
+  launcher=kubernetes    a TrainJob of Kubeflow; launcher.kind=job: an Indexed Job
+  launcher=deepspeed     a hostfile and DeepSpeed's launcher
   launcher=docker        one container; launcher=compose: several as nodes, for trying out
 
 exit codes: those of `train` where the command waits for the run (local, torchrun, docker, compose); else those of the
-command that submits
+command that submits; 5: it does not fit launcher.accelerator
 """
+
+
+_MARGIN = 0.1  # of the accelerator's memory, left for what no plan sees; as `dist-lowrank plan`
 
 
 def add_launch(verbs: argparse._SubParsersAction[Any]) -> None:
@@ -44,6 +49,8 @@ def _launch(options: argparse.Namespace) -> int:
 
     config = check_run(options.overrides)
     _check_startable(config, options.render_only)
+    if not _fits(config):
+        return ExitCode.DOES_NOT_FIT
     return start(config, create(config, options.overrides), render_only=options.render_only)
 
 
@@ -81,8 +88,39 @@ def _check_startable(config: RunConfig, render_only: bool) -> None:
         if render_only:
             raise ConfigError("--render-only: is not allowed with launcher=local; allowed: launchers that write files")
         return
+    if config.launcher.name == "kubernetes":
+        _check_paths_in_pods(config)
     missing = [name for name in config.launcher.secret_environment if not os.environ.get(name)]
     if missing and not render_only:
         raise ConfigError(
             f"launcher.secret_environment: {', '.join(missing)} is not set here; allowed: variables that are set"
         )
+
+
+def _fits(config: RunConfig) -> bool:
+    """Plans a run for the accelerator that it is for, if that is told, and says what comes out."""
+    if config.launcher.name == "local" or config.launcher.accelerator is None:
+        return True
+    from dist_lowrank.planning.devices import capacity_bytes
+    from dist_lowrank.planning.plan import Planner
+    from dist_lowrank.planning.report import Report, verdict_line
+    from dist_lowrank.planning.verb import verdict_on
+
+    capacity = capacity_bytes(config.launcher.accelerator, "launcher.accelerator")
+    planner = Planner(config, config.launcher.world_sizes[0], "cuda")  # on the fewest processes, which hold the most
+    verdict = verdict_on(planner, config.launcher.accelerator, capacity, _MARGIN)
+    print(verdict_line(Report(config, planner.plan(), verdict, (), ())), flush=True)
+    return verdict.fits
+
+
+def _check_paths_in_pods(config: RunConfig) -> None:
+    from dist_lowrank.config import ConfigError
+    from dist_lowrank.launchers.containers import RUNS, paths_of
+    from dist_lowrank.launchers.kubernetes import DATA
+
+    for path, _ in paths_of(config):
+        if not path.startswith((f"{DATA}/", f"{RUNS}/")) and path not in (DATA, RUNS):
+            raise ConfigError(
+                f"{path}: is not allowed with launcher=kubernetes, pods do not have it; allowed: paths below {DATA} "
+                f"(launcher.data_claim) and {RUNS} (launcher.claim)"
+            )

@@ -158,9 +158,9 @@ class ColumnChange:
         slot = torch.full((self.n,), -1, dtype=torch.int64, device=self.new.device)
         slot[self.old] = torch.arange(self.old.numel(), device=self.new.device)
         source = slot[self.new]  # (r,): where a column was, -1 if it was not chosen
-        fresh = source < 0
+        fresh, source = source < 0, source.clamp(min=0)
         for tensor in tensors:
-            tensor.copy_(tensor.index_select(-1, source.clamp(min=0)).masked_fill_(fresh, 0))
+            torch.where(fresh, tensor.new_zeros(()), tensor.index_select(-1, source), out=tensor)
 
     def return_dropped(self, coordinates: Tensor, momentum: Tensor) -> None:
         coordinates.index_add_(1, self.old, momentum.masked_fill(torch.isin(self.old, self.new), 0))

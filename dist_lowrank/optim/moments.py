@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dist_lowrank.kernels.adam import adam_direction
 from dist_lowrank.optim.options import check_betas, check_choice, check_count, check_number
 from dist_lowrank.optim.rounding import RowNoise
 from dist_lowrank.optim.state import StateTensor
@@ -119,14 +120,14 @@ class Adam:
         yield from ()  # needs no sums
         beta1, beta2 = self.betas
         mean, square = moments["exp_avg"], moments["exp_avg_sq"]  # (l, r)
-        mean.lerp_(coefficients, 1 - beta1)
-        square.mul_(beta2).addcmul_(coefficients, coefficients, value=1 - beta2)
         if self.column_bias_correction:
+            mean.lerp_(coefficients, 1 - beta1)
+            square.mul_(beta2).addcmul_(coefficients, coefficients, value=1 - beta2)
             age = moments["age"].add_(1).to(coefficients.dtype)  # (r,)
             return (mean / (1 - beta1**age)).div_((square / (1 - beta2**age)).sqrt_().add_(self.eps))
-        if not self.corrected_eps:
-            return (mean / square.sqrt().add_(self.eps)).mul_(self.step_factor(step))
-        return (mean / (1 - beta1**step)).div_((square / (1 - beta2**step)).sqrt_().add_(self.eps))
+        # An eps that was added to the root before it is corrected is corrected with it.
+        eps = self.eps if self.corrected_eps else self.eps / (1 - beta2**step) ** 0.5
+        return adam_direction(coefficients, mean, square, step, self.betas, eps)
 
     def write(self, moments: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: RowNoise) -> None:
         for name, storage in self._storages().items():

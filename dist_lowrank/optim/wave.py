@@ -22,7 +22,7 @@ from dist_lowrank.optim.dense import local_gradients
 from dist_lowrank.optim.recipe import SCALES, Recipe, Update
 from dist_lowrank.optim.rounding import RandomBits, RowNoise, store_weight
 from dist_lowrank.optim.subspace import Place
-from dist_lowrank.optim.transient import held_bytes
+from dist_lowrank.optim.transient import held_bytes, whole_columns
 from dist_lowrank.sharding.layouts import TallForm, local
 from dist_lowrank.sharding.rounds import Task, ranks_that_differ, run_rounds
 from dist_lowrank.sharding.transport import exchange_updates, fetch_rows, gather_coefficients
@@ -33,18 +33,24 @@ Job = tuple[BoundMatrix, Recipe]
 def cut_waves(jobs: Sequence[Job], workspace_bytes: int) -> Iterator[list[Job]]:
     """Cuts the work so that what a wave holds fits the workspace, at least one matrix each.
 
+    Matrices go in lockstep for what ranks send each other, or for what is computed in one call. Where there is neither
+    the pieces of a parameter, which share its gradient, are a wave, so that caches still hold what the weights need.
     Decided from what all ranks know, so all cut alike.
     """
-    wave: list[Job] = []
-    used_bytes = 0
+    together: dict[Tensor | None, list[Job]] = {}
     for matrix, recipe in jobs:
-        needed_bytes = held_bytes(matrix, recipe)
-        if wave and used_bytes + needed_bytes > workspace_bytes:
-            yield wave
-            wave, used_bytes = [], 0
-        wave.append((matrix, recipe))
-        used_bytes += needed_bytes
-    if wave:
+        in_lockstep = matrix.layout.group is not None or whole_columns(recipe, matrix.layout.form) > 0
+        together.setdefault(None if in_lockstep else matrix.parameter, []).append((matrix, recipe))
+    for members in together.values():
+        wave: list[Job] = []
+        used_bytes = 0
+        for matrix, recipe in members:
+            needed_bytes = held_bytes(matrix, recipe)
+            if wave and used_bytes + needed_bytes > workspace_bytes:
+                yield wave
+                wave, used_bytes = [], 0
+            wave.append((matrix, recipe))
+            used_bytes += needed_bytes
         yield wave
 
 

@@ -39,7 +39,7 @@ _ALIASES = {"a100": "a100-80gb", "h100-80gb": "h100", "v100": "v100-32gb", "rtx4
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": _GIB}
 
 
-def capacity_bytes(device: str) -> int:
+def capacity_bytes(device: str, key: str = "--device") -> int:
     """Of a device by name, or a number of bytes such as `80GiB`, `24GB` or `25769803776`.
 
     Raises:
@@ -54,6 +54,6 @@ def capacity_bytes(device: str) -> int:
         return int(float(match[1]) * _UNITS[match[2].upper()])
     hint = suggestion(name, sorted(_CAPACITIES_GIB))
     raise ConfigError(
-        f"--device: {device} is not allowed; {hint}allowed: bytes such as 80GiB, or one of "
+        f"{key}: {device} is not allowed; {hint}allowed: bytes such as 80GiB, or one of "
         + ", ".join(sorted(_CAPACITIES_GIB))
     )

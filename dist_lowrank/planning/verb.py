@@ -20,7 +20,7 @@ examples:
   dist-lowrank plan experiment=c4_galore strategy=zero2 --world-size 16 --nodes 2 --device 24GiB --margin 0.05
   dist-lowrank plan --reconcile runs/llama_tiny-dct_adamw-3f0c62b1a9de
 
-exit codes: 0 it fits, or nobody asked whether; 1 failed; 2 refused; 4 it does not fit the device
+exit codes: 0 it fits, or nobody asked whether; 1 failed; 2 refused; 5 it does not fit the device
 """
 
 
@@ -63,7 +63,7 @@ def _plan(options: argparse.Namespace) -> int:
     planner = Planner(config, world_size, device_type, traced=not options.no_trace)
     plan = planner.plan()
     sent = planner.estimate.traffic if planner.estimate else forecast_traffic(config, world_size)
-    verdict = _verdict(planner, *capacity, options.margin) if capacity and not options.no_trace else None
+    verdict = verdict_on(planner, *capacity, options.margin) if capacity and not options.no_trace else None
     report = Report(config, plan, verdict, sent, strategy_traffic(config, planner.parameters, world_size))
     if options.json:
         print(json.dumps(as_json(report), indent=1))
@@ -87,7 +87,7 @@ def _resolve(config: RunConfig, options: argparse.Namespace) -> tuple[RunConfig,
         device_type, world_size = config.launcher.device, options.world_size
     if options.device:
         device_type = "cuda"
-    nodes = options.nodes or getattr(config.launcher, "nodes", 1)
+    nodes = options.nodes or config.launcher.node_count
     if world_size % nodes:
         raise ConfigError(f"--nodes: {nodes} is not allowed with {world_size} ranks; allowed: a divisor of them")
     if config.strategy.name == "hsdp" and config.strategy.shard_size is None:
@@ -113,7 +113,8 @@ def _capacity(options: argparse.Namespace) -> tuple[str, int] | None:
     return properties.name, properties.total_memory
 
 
-def _verdict(planner: Planner, device: str, capacity_bytes: int, margin: float) -> Verdict:
+def verdict_on(planner: Planner, device: str, capacity_bytes: int, margin: float) -> Verdict:
+    """Whether the plan fits a device, and what else would."""
     from dist_lowrank.planning.fit import largest_micro_batch, largest_rank
     from dist_lowrank.planning.report import Verdict
 

@@ -62,7 +62,7 @@ def bind(engine: Any) -> None:
 
 
 def held_tensors(engine: Any) -> dict[str, list[Tensor]]:
-    """Parameters, `master_weights` and gradients that this rank holds now.
+    """Parameters, `master_weights`, gradients and buckets that this rank holds now.
 
     Of gradients, those that are kept between backward and step, summed or not, without DeepSpeed's buckets.
     """
@@ -79,7 +79,19 @@ def held_tensors(engine: Any) -> dict[str, list[Tensor]]:
     averaged = getattr(wrapper, "averaged_gradients", {})
     gradients += [each for parts in averaged.values() for each in parts or () if isinstance(each, Tensor)]
     parameters = [*weights, *(weight.ds_tensor for weight in weights if hasattr(weight, "ds_tensor"))]
-    return {"parameters": parameters, "master_weights": masters, "gradients": gradients}
+    return {
+        "parameters": parameters,
+        "master_weights": masters,
+        "gradients": gradients,
+        **({"collective_buffers": buckets} if (buckets := _buckets(wrapper)) else {}),
+    }
+
+
+def _buckets(wrapper: Any) -> list[Tensor]:
+    """In which gradients are sent: stage 3 keeps one, stages 1 and 2 have up to two while gradients are summed."""
+    buffers = [bucket.buffer for bucket in getattr(wrapper, "ipg_buckets", {}).values()]
+    buffers = [each for buffer in buffers for each in (buffer if isinstance(buffer, list) else [buffer])]
+    return [buffer for buffer in buffers if buffer is not None]
 
 
 def whole_weights(engine: Any) -> dict[str, Tensor]:

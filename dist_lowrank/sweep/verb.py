@@ -77,13 +77,13 @@ def sweep(
     """
     require_matplotlib()
 
-    from dist_lowrank.launchers.preparation import check_run
+    from dist_lowrank.launchers.preparation import check_local_run
     from dist_lowrank.sweep.points import make_sweep
     from dist_lowrank.sweep.run import run_points, start_point
     from dist_lowrank.sweep.slots import environments
     from dist_lowrank.sweep.state import locked
 
-    made = make_sweep(overrides, check_run)
+    made = make_sweep(overrides, check_local_run)
     slots = environments([point.config for point in made.points], jobs)
     with locked(made):
         print(f"sweep folder {made.folder}   {len(made.points)} points, {len(slots)} at a time", flush=True)

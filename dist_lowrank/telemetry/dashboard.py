@@ -36,8 +36,9 @@ class Dashboard:
     def __init__(self, settings: TelemetryConfig, metrics: MetricsWriter, device: torch.device) -> None:
         self._settings, self._metrics, self._device = settings, metrics, device
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        self._causes: list[str] = []  # that have charts
+        self._causes: list[str] = []  # that have charts: of which there was something once
         self._families: list[str] = []  # that have charts
+        self._by_rank: dict[str, list[float]] = {}  # what is known last of each cause; some are rarely measured
         self._drawn_step = -math.inf
         self._most_state_bytes = self._most_total_bytes = 0
         self._tokens_per_second: list[float] = []
@@ -51,27 +52,27 @@ class Dashboard:
             self._tokens_per_second.append(values[tags.TOKENS_PER_SECOND])
         families = [tag.removeprefix(_ENERGY) for tag in values if tag.startswith(_ENERGY)]
         if self._ranks <= self._settings.max_ranks_shown:
-            by_rank = {tags.memory_of_rank(self._rank, cause): n for cause, n in memory.items()}
-            self._metrics.log(step, values, only_events=by_rank)
             self._show_charts([cause for cause, n in memory.items() if n], families)
+            by_rank = {tags.memory_of_rank(self._rank, c): memory[c] for c in self._causes if c in memory}
+            self._metrics.log(step, values, only_events=by_rank)
             return
         figures = gather_figures(values, self._device)
         if self._rank == 0:
             self._metrics.log(step, {**values, **statistics_over_ranks(figures)})
-            all_memory = {tag.removeprefix(_MEMORY): n for tag, n in figures.items() if tag.startswith(_MEMORY)}
-            self._draw(step, all_memory)
-            self._show_charts([cause for cause, numbers in all_memory.items() if any(numbers)], families)
+            self._by_rank |= {tag.removeprefix(_MEMORY): n for tag, n in figures.items() if tag.startswith(_MEMORY)}
+            self._draw(step)
+            self._show_charts([cause for cause, numbers in self._by_rank.items() if any(numbers)], families)
         else:
             self._metrics.log(step, values)
 
-    def _draw(self, step: int, memory: Mapping[str, list[float]]) -> None:
+    def _draw(self, step: int) -> None:
         due = step - self._drawn_step >= self._settings.heat_map_interval
         if due and self._metrics.shows_events:
             from dist_lowrank.telemetry.heat_map import heat_map
 
             self._drawn_step = step
             title = f"Memory by rank and cause at step {step}; darkest: the most of a cause"
-            self._metrics.image("memory_by_rank_and_cause", step, heat_map(memory, title))
+            self._metrics.image("memory_by_rank_and_cause", step, heat_map(self._by_rank, title))
 
     def _show_charts(self, causes: Iterable[str], families: Iterable[str]) -> None:
         """Says which charts there are, again when a cause or a family is new."""

@@ -27,7 +27,7 @@ def heat_map(bytes_by_cause: Mapping[str, Sequence[float]], title: str) -> NDArr
     Returns:
         RGB, (height, width, 3).
     """
-    held = {cause: figures for cause, figures in bytes_by_cause.items() if any(figures)}
+    held = {cause: figures for cause, figures in bytes_by_cause.items() if max(figures) > 0}
     ranks = max((len(figures) for figures in held.values()), default=0)
     together = max(1, math.ceil(ranks / _MOST_ROWS))
     rows = [range(first, min(first + together, ranks)) for first in range(0, ranks, together)]
@@ -47,7 +47,7 @@ def heat_map(bytes_by_cause: Mapping[str, Sequence[float]], title: str) -> NDArr
         for line, row in enumerate(rows):
             value = max(figures[rank] for rank in row)
             top = _MARGIN + _HEADER + _ROW * line
-            color = tuple(np.rint(_LIGHT + (_DARK - _LIGHT) * (value / most)).astype(int).tolist())
+            color = tuple(np.rint(_LIGHT + (_DARK - _LIGHT) * max(0.0, value / most)).astype(int).tolist())
             draw.rectangle((left, top, left + _COLUMN - 2, top + _ROW - 2), color)
             ink = "white" if value > most / 2 else "black"
             draw.text((left + middle - 1, top + _ROW // 2 - 1), size(value), ink, font, anchor="mm")
@@ -57,7 +57,7 @@ def heat_map(bytes_by_cause: Mapping[str, Sequence[float]], title: str) -> NDArr
 def size(number_of_bytes: float) -> str:
     """Three digits and a binary unit, such as `1.25 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if number_of_bytes < 999.5:
+        if abs(number_of_bytes) < 999.5:
             return f"{number_of_bytes:.3g} {unit}"
         number_of_bytes /= 1024
     return f"{number_of_bytes:.3g} TiB"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from dist_lowrank.telemetry.causes import OF_STEP, RESIDUAL
 
+Origin = Literal["found", "met", "made"]  # before the step; as what an operator takes; as what it returns
 _COLLECTIVES = ("c10d", "_c10d_functional", "_dtensor")
 
 
@@ -48,17 +49,30 @@ class StepMemory:
 class _Storage:
     """One storage, and what is known of it."""
 
-    size_bytes: int
-    phase: int | None  # in which it was made: even between backward passes, odd within one; None: before the step
-    for_backward: bool = False  # made while gradients were recorded
-    of_optimizer: bool = False
+    origin: Origin
+    phase: int  # in which it was first seen: even between backward passes, odd within one
+    for_backward: bool  # first seen while gradients were recorded
+    of_optimizer: bool  # first seen in an optimizer's step
+    first_event: int  # at which it was first seen
+    size_bytes: int = 0
     communicated: bool = False
     as_parameter: bool = False
     cause: str | None = None
     last_phase: int | None = None
     reference: Any = None
 
-    def found_cause(self) -> str | None:
+    @property
+    def was_there(self) -> bool:
+        """Before the step. Of what was met that is not known, so it follows from what became of it.
+
+        Buckets, which only DDP's and DeepSpeed's own code holds, are met when they are filled, and then sent. gloo
+        makes copies unseen, which go as soon as they are met.
+        """
+        stayed = self.cause is not None or self.communicated or self.last_phase is None
+        return self.origin == "found" or (self.origin == "met" and stayed)
+
+    @property
+    def found_cause(self) -> str:
         """The first that applies."""
         if self.cause is not None:
             return self.cause
@@ -66,13 +80,13 @@ class _Storage:
             return "gathered_parameters"
         if self.communicated:
             return "collective_buffers"
+        if self.was_there:  # and nobody knows what for
+            return RESIDUAL
         if self.of_optimizer:
             return "refresh_workspace"
-        if self.phase is None:
-            return None
         recomputed = self.phase % 2 == 1
-        outlived = self.last_phase is None or self.last_phase > self.phase
-        return "activations" if self.for_backward and (recomputed or outlived) else "temporaries"
+        kept = recomputed or self.last_phase is None or self.last_phase > self.phase
+        return "activations" if self.for_backward and self.origin == "made" and kept else "temporaries"
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -93,22 +107,19 @@ class MemoryTracker(TorchDispatchMode):
         held: Callable[[], Mapping[str, Iterable[Tensor]]],
         device: torch.device,
     ) -> None:
-        super().__init__()
-        self.device = device
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = torch.empty(0, device=device).device  # with its number
         self._model, self._optimizer, self._held = model, optimizer, held
         self._live: dict[int, _Storage] = {}  # by the address of what torch knows of the storage
-        self._events: list[tuple[_Storage, int]] = []  # and by how many bytes it grew
-        self._before: list[tuple[_Storage, int]] = []  # made before the step, and how big they were
-        self._phase, self._of_optimizer = 0, False
-        self._now_bytes = self._peak_bytes = 0
-        self._allocated_bytes: int | None = None  # by the allocator's count, at the last peak
+        self._events: list[tuple[_Storage, int, int | None]] = []  # by how much it grew; what the allocator then had
+        self._phase, self._asked_in_phase, self._of_optimizer = 0, -1, False
         self._stack = ExitStack()
 
     # From the first forward pass to the update -------------------------------------------------------------------
 
     def __enter__(self) -> MemoryTracker:
         for tensor in (each for each in gc.get_objects() if issubclass(type(each), Tensor)):
-            self._meet(tensor, before=True)
+            self._meet(tensor, "found")
         self._name({"buffers": self._model.buffers()})
         self._name(self._held())
         handles = [
@@ -119,11 +130,11 @@ class MemoryTracker(TorchDispatchMode):
         for handle in handles:
             self._stack.callback(handle.remove)
         self._stack.enter_context(_told_of_resizes(self._resized))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._stack.close()
         self._name(self._held())
         for storage in self._live.values():
@@ -138,71 +149,60 @@ class MemoryTracker(TorchDispatchMode):
         if within_backward != self._phase % 2:
             self._phase += 1
         communicates = func.namespace in _COLLECTIVES
+        if communicates and self._asked_in_phase != self._phase:  # for buckets that are there only now
+            self._asked_in_phase = self._phase
+            self._name({"collective_buffers": self._held().get("collective_buffers", ())})
         for each in tree_leaves((args, kwargs)):
             if isinstance(each, Tensor):
-                self._meet(each, before=True, communicates=communicates, as_parameter=isinstance(each, nn.Parameter))
+                self._meet(each, "met", communicates=communicates, as_parameter=isinstance(each, nn.Parameter))
         result = func(*args, **kwargs)
         for each in tree_leaves(result):
             if isinstance(each, Tensor):
-                self._meet(each, before=False, communicates=communicates)
+                self._meet(each, "made", communicates=communicates)
         return result
 
     def _meet(
-        self, tensor: Tensor, *, before: bool, communicates: bool = False, as_parameter: bool = False
+        self, tensor: Tensor, origin: Origin, *, communicates: bool = False, as_parameter: bool = False
     ) -> _Storage | None:
-        """What is known of a tensor's storage, which is new unless it was there `before`; None on other devices."""
+        """What is known of a tensor's storage, `origin` if it is seen for the first time; None on other devices."""
         if tensor.device != self.device or isinstance(tensor, DTensor) or tensor.layout != torch.strided:
             return None
         storage = tensor.untyped_storage()
         known = self._live.get(storage._cdata)
         if known is None:
-            known = self._begin(storage, before)
+            recorded = torch.is_grad_enabled()
+            known = _Storage(origin, self._phase, recorded, self._of_optimizer, len(self._events))
+            known.reference = weakref.ref(storage, partial(self._end, storage._cdata))
+            self._live[storage._cdata] = known
+            self._resize(known, storage.nbytes())
         elif known.size_bytes != storage.nbytes():
-            self._grow(known, storage.nbytes() - known.size_bytes)
+            self._resize(known, storage.nbytes())
         known.communicated |= communicates
         known.as_parameter |= as_parameter
         return known
 
-    def _begin(self, storage: torch.UntypedStorage, before: bool) -> _Storage:
-        known = _Storage(storage.nbytes(), None if before else self._phase)
-        known.reference = weakref.ref(storage, partial(self._end, storage._cdata))
-        self._live[storage._cdata] = known
-        if before:  # and was there at every moment until now
-            self._before.append((known, known.size_bytes))
-            self._now_bytes += known.size_bytes
-            self._peak_bytes += known.size_bytes
-            return known
-        known.for_backward, known.of_optimizer = torch.is_grad_enabled(), self._of_optimizer
-        size_bytes, known.size_bytes = known.size_bytes, 0
-        self._grow(known, size_bytes)
-        return known
-
-    def _grow(self, known: _Storage, more_bytes: int) -> None:
-        known.size_bytes += more_bytes
-        self._events.append((known, more_bytes))
-        self._now_bytes += more_bytes
-        if self._now_bytes > self._peak_bytes:
-            self._peak_bytes = self._now_bytes
-            if self.device.type == "cuda":
-                self._allocated_bytes = torch.cuda.memory_allocated(self.device)
+    def _resize(self, known: _Storage, size_bytes: int) -> None:
+        allocated_bytes = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else None
+        self._events.append((known, size_bytes - known.size_bytes, allocated_bytes))
+        known.size_bytes = size_bytes
 
     def _end(self, address: int, reference: Any) -> None:
         known = self._live.get(address)
         if known is not None and known.reference is reference:
             del self._live[address]
             known.last_phase = self._phase
-            self._grow(known, -known.size_bytes)
+            self._resize(known, 0)
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
         known = self._live.get(storage._cdata)
         if known is not None:
-            self._grow(known, storage.nbytes() - known.size_bytes)
+            self._resize(known, storage.nbytes())
 
     def _name(self, by_cause: Mapping[str, Iterable[Tensor]]) -> None:
         """The first name that a storage gets is its cause."""
         for cause, tensors in by_cause.items():
             for tensor in tensors:
-                known = self._meet(tensor.to_local() if isinstance(tensor, DTensor) else tensor, before=True)
+                known = self._meet(tensor.to_local() if isinstance(tensor, DTensor) else tensor, "met")
                 if known is not None and known.cause is None:
                     known.cause = cause
 
@@ -221,22 +221,23 @@ class MemoryTracker(TorchDispatchMode):
 
     def told(self) -> StepMemory:
         """Goes through the step again, now that causes are known; to be called when it is over."""
-        causes = {storage: storage.found_cause() or RESIDUAL for storage, _ in (*self._before, *self._events)}
+        causes = {storage: storage.found_cause for storage, *_ in self._events}
+        there = {storage for storage in causes if storage.was_there}
         now = dict.fromkeys((*OF_STEP, *causes.values(), RESIDUAL), 0)
-        for storage, size_bytes in self._before:
-            now[causes[storage]] += size_bytes
+        for storage in there:
+            now[causes[storage]] += self._events[storage.first_event][1]
+        now_bytes, peak_bytes = sum(now.values()), -1
         at_peak, most = dict(now), dict(now)
-        now_bytes = peak_bytes = sum(now.values())
-        for storage, more_bytes in self._events:
-            cause = causes[storage]
-            now[cause] += more_bytes
-            now_bytes += more_bytes
-            most[cause] = max(most[cause], now[cause])
-            if now_bytes > peak_bytes:
-                peak_bytes, at_peak = now_bytes, dict(now)
-        if self._allocated_bytes is not None:
-            at_peak[RESIDUAL] += self._allocated_bytes - peak_bytes
-            peak_bytes = self._allocated_bytes
+        for index, (storage, more_bytes, allocated_bytes) in enumerate(self._events):
+            if storage not in there or index != storage.first_event:
+                cause = causes[storage]
+                now[cause] += more_bytes
+                now_bytes += more_bytes
+                most[cause] = max(most[cause], now[cause])
+            measured_bytes = now_bytes if allocated_bytes is None else allocated_bytes
+            if measured_bytes > peak_bytes:
+                peak_bytes, at_peak = measured_bytes, dict(now)
+        at_peak[RESIDUAL] += peak_bytes - sum(at_peak.values())
         return StepMemory(peak_bytes, at_peak, {cause: most[cause] for cause in OF_STEP})
 
 
@@ -250,7 +251,7 @@ def _told_of_resizes(tell: Callable[[torch.UntypedStorage], None]) -> Iterator[N
         tell(storage)
         return result
 
-    torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

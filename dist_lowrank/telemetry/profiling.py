@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ class Profiler:
         self._folder, self._rank, self._device, self._demand = folder, rank, device, demand
         self._wanted = [] if steps is None else [steps]
         self._running: _Trace | None = None
-        self._looked_seconds = time.monotonic()
+        self._looked_seconds = -math.inf
 
     def is_demanded(self) -> bool:
         """Whether someone asks for a trace, who is then served: the file is removed. Looks once a second at most."""

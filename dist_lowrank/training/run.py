@@ -194,7 +194,7 @@ class Trainer:
         memory = tracker.told()
         values = {tags.memory_bytes(cause): most for cause, most in memory.most.items()}
         values |= {tags.memory_at_peak_bytes(cause): held for cause, held in memory.at_peak.items()}
-        self.metrics.log(step, values | {tags.memory_at_peak_bytes("total"): memory.total_bytes})
+        self.dashboard.log(step, values | {tags.memory_at_peak_bytes("total"): memory.total_bytes})
 
     def _held(self) -> dict[str, list[torch.Tensor]]:
         return {**self.strategy.tensors(), **state_tensors(self.optimizer)}

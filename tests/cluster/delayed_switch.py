@@ -8,6 +8,7 @@ MILLISECONDS later, until its standard input is closed. It limits no rate: `tc` 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -74,10 +75,9 @@ def forward(ports: list[int], delay_seconds: float, until: int) -> None:
             _, source, frame = waiting.popleft()
             target = port_of_address.get(frame[HEADER_BYTES : HEADER_BYTES + 6])
             for port in [target] if target is not None else [each for each in ports if each != source]:
-                try:
+                # The interface is down, or its queue full: the frame is lost, as in a real network.
+                with contextlib.suppress(OSError):
                     os.write(port, frame)
-                except OSError:
-                    pass  # the interface is down, or its queue full: the frame is lost, as in a real network
 
 
 if __name__ == "__main__":

@@ -27,7 +27,12 @@ from pathlib import Path
 
 PREFIX = "lowrank"  # of the namespaces' names, before the process that made them
 NAMESPACES = Path("/run/netns")
-ENTER = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
+# Starts `enter HOST COMMAND...` on a host, as the same process.
+ENTER = """\
+host=$1; shift
+exec nsenter --net={namespaces}-"$host" unshare --mount --uts sh -c \\
+    'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"' sh {folder}/hosts "$host" "$@"
+"""
 
 
 def why_not() -> str:
@@ -46,24 +51,32 @@ class VirtualHosts:
     """Hosts that are there until the end of `virtual_hosts`."""
 
     names: Sequence[str]
-    hosts_file: Path
+    folder: Path
 
-    def address(self, name: str) -> str:
-        return f"10.77.0.{10 + self.names.index(name)}"
+    @property
+    def remote_shell(self) -> list[str]:
+        """What takes a host and a command, as `ssh` does; the command runs as the same process."""
+        return ["sh", str(self.folder / "enter")]
 
     def command(self, name: str, command: Sequence[str]) -> list[str]:
-        """What to start on this machine so that `command` runs on a host, as the same process."""
-        enter = ["nsenter", f"--net={NAMESPACES / _namespace(name)}", "unshare", "--mount", "--uts"]
-        return [*enter, "sh", "-c", ENTER, "sh", str(self.hosts_file), name, *command]
+        """What to start on this machine so that `command` runs on a host."""
+        return [*self.remote_shell, name, *command]
 
     def cut_off(self, name: str) -> None:
         """Takes a host's link down: nothing reaches it, and nobody is told."""
         _run("ip", "-n", _namespace(name), "link", "set", "eth0", "down")
 
+    def processes(self, name: str) -> list[str]:
+        """The commands that run on a host."""
+        commands = []
+        for process in _processes(_namespace(name)):
+            with contextlib.suppress(OSError):
+                commands.append(Path(f"/proc/{process}/cmdline").read_text().replace("\0", " "))
+        return commands
+
     def kill_processes(self, name: str) -> None:
         """Kills everything that runs on a host."""
         _end_processes(_namespace(name))
-
 
 
 @contextlib.contextmanager
@@ -83,9 +96,10 @@ def virtual_hosts(
     remove_left_behind()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX)))
-        hosts = VirtualHosts(names, folder / "hosts")
-        lines = ["127.0.0.1 localhost", *(f"{hosts.address(name)} {name}" for name in names)]
-        hosts.hosts_file.write_text("".join(f"{line}\n" for line in lines))
+        addresses = {name: f"10.77.0.{10 + number}" for number, name in enumerate(names)}
+        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
+        (folder / "hosts").write_text("".join(f"{line}\n" for line in lines))
+        (folder / "enter").write_text(ENTER.format(namespaces=NAMESPACES / _namespace("")[:-1], folder=folder))
         stack.callback(_remove, os.getpid())
         for name in names:
             _run("ip", "netns", "add", _namespace(name))
@@ -94,15 +108,15 @@ def virtual_hosts(
             _connect_with_latency(stack, names, latency_milliseconds)
         else:
             _connect(names)
-        for name in names:
-            _run("ip", "-n", _namespace(name), "address", "add", f"{hosts.address(name)}/24", "dev", "eth0")
+        for name, address in addresses.items():
+            _run("ip", "-n", _namespace(name), "address", "add", f"{address}/24", "dev", "eth0")
             _run("ip", "-n", _namespace(name), "link", "set", "eth0", "up")
             if megabits_per_second:
                 _limit(_namespace(name), "eth0", megabits_per_second)
         if megabits_per_second and not latency_milliseconds:
             for number in range(len(names)):
                 _limit(_namespace("switch"), f"port{number}", megabits_per_second)
-        yield hosts
+        yield VirtualHosts(names, folder)
 
 
 def _connect(names: Sequence[str]) -> None:
@@ -153,13 +167,18 @@ def _remove(maker: int) -> None:
 
 def _end_processes(namespace: str) -> None:
     for attempt in range(100):
-        found = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=True)
-        if not found.stdout.split():
+        running = _processes(namespace)
+        if not running:
             return
-        for process in found.stdout.split():
+        for process in running:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(process), signal.SIGKILL)
+                os.kill(process, signal.SIGKILL)
         time.sleep(0.01 * attempt)
+
+
+def _processes(namespace: str) -> list[int]:
+    found = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=True)
+    return [int(process) for process in found.stdout.split()]
 
 
 def _namespace(name: str) -> str:

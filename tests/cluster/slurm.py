@@ -5,10 +5,10 @@
 
 or by hand, until Enter is pressed, with commands in another terminal as it prints them:
 
-    python tests/cluster/slurm.py --install
+    python tests/cluster/slurm.py
 
-Needs root, and the packages `slurmctld slurmd slurm-client munge`. It starts a `munged` of its own with a key of its own,
-keeps everything in a temporary folder, and ends and removes all of it.
+Needs root, and the packages `slurmctld slurmd slurm-client munge`, which `slurm.py --install` installs. It starts a
+`munged` of its own with a key of its own, keeps everything in a temporary folder, and ends and removes all of it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ PropagateResourceLimits=NONE
 # Tests do not wait: a lost node is noticed after 15 seconds, and a node that comes back is taken again.
 ReturnToService=2
 SlurmdTimeout=15
-KillWait={kill_wait_seconds}
 NodeName={nodes} CPUs={cpus} RealMemory=4000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -67,14 +66,19 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 def why_not() -> str:
     """What this machine lacks for a cluster, in words; empty: nothing."""
-    missing = [program for program in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(program) is None]
-    if missing:
+    if missing := missing_programs():
         return f"needs Debian's packages {' '.join(PACKAGES)} (`make setup-slurm`): no {', '.join(missing)}"
     return virtual.why_not()
 
 
+def missing_programs() -> list[str]:
+    return [program for program in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(program) is None]
+
+
 def install() -> None:
     """Installs the packages; their own services are not started, and not needed."""
+    if not missing_programs():
+        return
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     command = ["apt-get", "install", "--yes", "--no-install-recommends", *PACKAGES]
     if subprocess.run(command, env=environment).returncode:
@@ -129,17 +133,19 @@ class Slurm:
 
 
 @contextlib.contextmanager
-def slurm_cluster(nodes: Sequence[str], *, cpus: int = 2, kill_wait_seconds: int = 5) -> Iterator[Slurm]:
+def slurm_cluster(nodes: Sequence[str], *, cpus: int = 2, latency_milliseconds: float = 0) -> Iterator[Slurm]:
     """Starts a cluster whose nodes are idle, and ends it.
 
     Args:
         nodes: names of the hosts that run jobs.
         cpus: that each node claims to have, whatever the machine has.
-        kill_wait_seconds: between the SIGTERM at a job's time limit and SIGKILL.
+        latency_milliseconds: of the network, one way.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lowrank-slurm-")))
-        hosts = stack.enter_context(virtual.virtual_hosts([CONTROLLER, *nodes]))
+        hosts = stack.enter_context(
+            virtual.virtual_hosts([CONTROLLER, *nodes], latency_milliseconds=latency_milliseconds)
+        )
         (folder / "state").mkdir()
         for name in nodes:
             (folder / f"spool.{name}").mkdir()
@@ -149,16 +155,21 @@ def slurm_cluster(nodes: Sequence[str], *, cpus: int = 2, kill_wait_seconds: int
                 folder=folder,
                 nodes=",".join(nodes),
                 cpus=cpus,
-                kill_wait_seconds=kill_wait_seconds,
             )
         )
         slurm = Slurm(hosts, folder)
         _start_munge(folder, stack)
-        subprocess.run(hosts.command(CONTROLLER, ["slurmctld"]), env=slurm.environment, check=True)
-        for name in nodes:
-            slurm.start_node(name)
-        slurm.wait_for_nodes()
-        yield slurm
+        try:
+            subprocess.run(hosts.command(CONTROLLER, ["slurmctld"]), env=slurm.environment, check=True)
+            for name in nodes:
+                slurm.start_node(name)
+            slurm.wait_for_nodes()
+            yield slurm
+            slurm.run("scontrol", "shutdown")
+        except BaseException:
+            for log in sorted(folder.glob("*.log")):
+                print(f"{log.name}:\n{log.read_text()}")
+            raise
 
 
 def _start_munge(folder: Path, stack: contextlib.ExitStack) -> None:
@@ -169,20 +180,23 @@ def _start_munge(folder: Path, stack: contextlib.ExitStack) -> None:
     files = {"key-file": key, **{f"{name}-file": folder / f"munge.{name}" for name in ("pid", "log", "seed")}}
     paths = [f"--{name}={path}" for name, path in files.items()]
     # --force: it warns that others may not enter a temporary folder; there are no others.
-    subprocess.run(["munged", "--force", f"--socket={folder / 'munge.socket'}", *paths], check=True, capture_output=True)
+    subprocess.run(
+        ["munged", "--force", f"--socket={folder / 'munge.socket'}", *paths], check=True, capture_output=True
+    )
     stack.callback(os.kill, int((folder / "munge.pid").read_text()), signal.SIGTERM)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A Slurm cluster on this machine, until Enter is pressed.")
-    parser.add_argument("--install", action="store_true", help="install Debian's packages first")
-    parser.add_argument("--only-install", action="store_true", help="and start nothing")
+    parser.add_argument("--install", action="store_true", help="only install Debian's packages, if they are missing")
     parser.add_argument("--nodes", type=int, default=2)
     options = parser.parse_args()
-    if options.install or options.only_install:
+    if options.install:
         install()
-    if not options.only_install:
+    elif reason := why_not():
+        sys.exit(f"error: {reason}")
+    else:
         with slurm_cluster([f"node{number}" for number in range(options.nodes)]) as slurm:
             enter = shlex.join(slurm.hosts.command(CONTROLLER, ["bash"]))
-            print(slurm.run("sinfo"), f"SLURM_CONF={slurm.folder}/slurm.conf {enter}", sep="\n")
+            print(f"{slurm.run('sinfo')}\nSLURM_CONF={slurm.folder}/slurm.conf {enter}")
             input("press Enter to end the cluster ")

@@ -1,0 +1,294 @@
+"""Times one optimizer step on the matrices of LLaMA models, ours and others' side by side in one process.
+
+    python benchmarks/optimizer_step.py [--sizes 60m 350m] [--layers 2] [--dtype bfloat16] [--device cuda] [--write]
+
+Every contender takes turns with torch's foreach AdamW on the same weights and gradients, so that a busy moment of the
+machine hits both, and is then dropped, so that the largest model need not hold all states at once. Shown are medians
+and, because a busy machine only ever adds, the least. Where others use the machine, `--clock processor --threads 1`
+measures what a step takes of a core: threads of a step that wait for each other count what others take.
+
+The bounds: the two matrix products that a step on r columns cannot do without, `A D_I` and the lift, alone; and the
+roofline, the larger of bytes moved over the measured bandwidth of a copy and operations over the measured rate of a
+large product of the same dtype.
+
+`--write` puts the table into docs/speed.md; `--short` runs everything once on a tiny model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from dist_lowrank.optim import DCTAdamW, GaLore, Muon, Trion
+from dist_lowrank.sharding.layouts import tall_form
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "speed.md"
+SIZES = {  # hidden size, intermediate size, layers
+    "tiny": (64, 176, 1),
+    "9m": (128, 352, 4),
+    "60m": (512, 1376, 8),
+    "350m": (1024, 2736, 24),
+    "1b": (2048, 5461, 24),
+    "7b": (4096, 11008, 32),
+}
+RANKS = {"n/16": 1 / 16, "n/4": 1 / 4}
+NEVER = 10**9  # steps between refreshes, after the first
+LR = 1e-6
+CLOCKS = {"elapsed": time.perf_counter, "processor": time.process_time}
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of the table."""
+
+    name: str
+    make: Callable[[list[Parameter]], Step]  # imports what it needs
+    products: str | None = None  # of RANKS: the two products that are its bound
+    bytes_moved: int | None = None
+    operations: int | None = None  # of matrix products
+
+
+def matrices(size: str, layers: int | None) -> list[tuple[int, int]]:
+    hidden, intermediate, all_layers = SIZES[size]
+    layer = [(hidden, hidden)] * 4 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
+    return layer * (layers or all_layers)
+
+
+def tall(tensor: Tensor) -> Tensor:
+    return tall_form(tuple(tensor.shape), "shorter", 1).view(tensor)
+
+
+# Contenders -----------------------------------------------------------------------------------------------------------
+
+
+def ours(optimizer: type[Any], **options: Any) -> Callable[[list[Parameter]], Step]:
+    return lambda parameters: optimizer(parameters, lr=LR, verify_every=0, **options).step
+
+
+def torchs(name: str, **options: Any) -> Callable[[list[Parameter]], Step]:
+    return lambda parameters: getattr(torch.optim, name)(parameters, lr=LR, **options).step
+
+
+def torchaos(parameters: list[Parameter]) -> Step:
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=LR).step
+
+
+def pytorch_optimizers(name: str, fraction: float, interval: int) -> Callable[[list[Parameter]], Step]:
+    """Of the package; one rank for all matrices, which compress the same axis length."""
+
+    def make(parameters: list[Parameter]) -> Step:
+        import pytorch_optimizer
+
+        rank = round(fraction * min(parameters[0].shape))
+        group = {"params": parameters, "rank": rank, "update_proj_gap": interval, "scale": 1.0}
+        optimizer = getattr(pytorch_optimizer, name)([group | {"projection_type": "std"}], lr=LR)
+        return optimizer.step  # type: ignore[no-any-return]
+
+    return make
+
+
+def products(fraction: float) -> Callable[[list[Parameter]], Step]:
+    """The two matrix products of an ordinary step, and nothing else."""
+
+    def make(parameters: list[Parameter]) -> Step:
+        pairs = [(tall(parameter.detach()), tall(parameter.grad)) for parameter in parameters]
+        atoms = {
+            weight.shape[1]: torch.randn(round(fraction * weight.shape[1]), weight.shape[1]).to(weight)
+            for weight, _ in pairs
+        }
+
+        def step() -> None:
+            for weight, gradient in pairs:
+                chosen = atoms[weight.shape[1]]
+                weight.addmm_(gradient @ chosen.t(), chosen, beta=1 - LR, alpha=-LR)
+
+        return step
+
+    return make
+
+
+def contenders(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Iterator[Contender]:
+    """Bytes count the gradient, the weight twice, and moments, float32, twice; operations a product's two per entry."""
+    elements = sum(rows * columns for rows, columns in shapes)
+    n = min(shapes[0])
+    weights_bytes = 3 * elements * dtype.itemsize
+    adamw_bytes = weights_bytes + 4 * elements * dtype.itemsize
+    yield Contender("torch AdamW, foreach", torchs("AdamW", foreach=True), bytes_moved=adamw_bytes)
+    yield Contender("torch AdamW, fused", torchs("AdamW", fused=True), bytes_moved=adamw_bytes)
+    yield Contender("torchao AdamW8bit", torchaos)
+    yield Contender("torch Muon", torchs("Muon"))
+    for label, fraction in RANKS.items():
+        rank = round(fraction * n)
+        moved = weights_bytes + round(16 * elements * fraction)
+        yield Contender(f"the two products, {label}", products(fraction), label, None, 4 * elements * rank)
+        name, make = f"DCTAdamW {label}", DCTAdamW
+        ordinary = ours(make, rank=fraction, refresh_interval=NEVER)
+        yield Contender(name, ordinary, label, moved, 4 * elements * rank)
+        by_matrix = 2 * elements * (n + rank)
+        yield Contender(f"{name}, refresh", ours(make, rank=fraction), None, moved, by_matrix)
+        yield Contender(f"{name}, refresh by fft", ours(make, rank=fraction, transform="fft"), None, moved)
+        yield Contender(f"GaLore {label}", ours(GaLore, rank=fraction, refresh_interval=NEVER), label, moved)
+        yield Contender(f"GaLore {label}, refresh", ours(GaLore, rank=fraction, refresh_interval=1))
+        for theirs in ("GaLore", "APOLLO", "Fira"):
+            yield Contender(f"pytorch-optimizer {theirs} {label}", pytorch_optimizers(theirs, fraction, NEVER))
+        theirs = pytorch_optimizers("GaLore", fraction, 1)
+        yield Contender(f"pytorch-optimizer GaLore {label}, refresh", theirs)
+    yield Contender("Trion n/4", ours(Trion, rank=1 / 4))
+    yield Contender("Muon", ours(Muon))
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def milliseconds(step: Step, device: torch.device, clock: Callable[[], float]) -> float:
+    """Of one call; on a GPU by events on its stream, which the host only waits for."""
+    if device.type == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        step()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last)
+    begin = clock()
+    step()
+    return 1e3 * (clock() - begin)
+
+
+def in_turns(steps: Sequence[Step], options: argparse.Namespace) -> list[list[float]]:
+    """Milliseconds of each after one call that warms up; fewer repeats, but two at least, where they take too long."""
+    device, clock = torch.device(options.device), CLOCKS[options.clock]
+    times: list[list[float]] = [[] for _ in steps]
+    begin = time.monotonic()
+    for repeat in range(options.repeats + 1):
+        if repeat > 2 and time.monotonic() - begin > options.seconds:
+            break
+        for step, of_step in zip(steps, times, strict=True):
+            taken = milliseconds(step, device, clock)
+            if repeat:
+                of_step.append(taken)
+    return times
+
+
+def machine_rates(dtype: torch.dtype, side: int, options: argparse.Namespace) -> tuple[float, float]:
+    """Bytes per second of a copy, read and write counted, and operations per second of a square product."""
+    a = torch.ones(side, side, dtype=dtype, device=options.device)
+    source, out = a.repeat(16, 1), torch.empty_like(a)
+    target = torch.empty_like(source)
+    copied, multiplied = in_turns([lambda: target.copy_(source), lambda: torch.mm(a, a, out=out)], options)
+    return 2e3 * source.nbytes / min(copied), 2e3 * side**3 / min(multiplied)
+
+
+def table(size: str, layers: int | None, options: argparse.Namespace) -> list[str]:
+    """The lines of one model in Markdown."""
+    dtype, device = getattr(torch, options.dtype), torch.device(options.device)
+    torch.manual_seed(0)
+    shapes = matrices(size, layers)
+    parameters = [Parameter(0.02 * torch.randn(shape).to(device, dtype)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = 0.01 * torch.randn_like(parameter)
+    bandwidth, rate = machine_rates(dtype, 64 if options.short else 1024 if device.type == "cpu" else 8192, options)
+    adamw = torchs("AdamW", foreach=True)(parameters)
+    bounds: dict[str, float] = {}
+    count = sum(parameter.numel() for parameter in parameters)
+    lines = [
+        f"{size}, {layers or SIZES[size][2]} layers, {count / 1e6:.1f} M parameters in {len(shapes)} matrices, "
+        f"{options.dtype}; {bandwidth / 1e9:.0f} GB/s, {rate / 1e9:.0f} GFLOP/s; {options.clock} time, "
+        f"{where(device)}.",
+        "",
+        "| step | median, ms | least, ms | x foreach AdamW | x two products | roofline, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for contender in contenders(shapes, dtype):
+        try:
+            step = contender.make(parameters)
+        except ImportError as error:
+            lines.append(f"| {contender.name} | not installed: {error.name} | | | | |")
+            continue
+        with torch.no_grad():
+            reference, times = in_turns([adamw, step], options)
+        if contender.name.startswith("the two products"):
+            bounds[str(contender.products)] = min(times)
+        bound = bounds.get(str(contender.products))
+        lower = max((contender.bytes_moved or 0) / bandwidth, (contender.operations or 0) / rate)
+        lines.append(
+            f"| {contender.name} | {statistics.median(times):.2f} | {min(times):.2f} | "
+            f"{statistics.median(times) / statistics.median(reference):.2f} | "
+            f"{'' if bound is None else f'{min(times) / bound:.2f}'} | {f'{1e3 * lower:.2f}' if lower else ''} |"
+        )
+        print(lines[-1], flush=True)
+    return lines
+
+
+def where(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), "CPU")
+    load = os.getloadavg()[0]
+    return f"{model}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, load of the machine {load:.1f}"
+
+
+def with_tables(text: str, tables: Sequence[str], dtype: str, device: torch.device) -> str:
+    """A document with other tables between the comments of a device and a dtype.
+
+    Raises:
+        ValueError: it has no such comments.
+    """
+    begin, end = f"<!-- optimizer step, {device.type}, {dtype}: written by --write -->", "<!-- end -->"
+    before, found, rest = text.partition(begin)
+    if not found:
+        raise ValueError(f"{DOCUMENT.name} has no place for these tables; allowed: one with a line {begin!r}")
+    shown = "\n\n".join(tables)
+    return f"{before}{begin}\n\n{shown}\n\n{end}{rest.partition(end)[2]}"
+
+
+def commit() -> str:
+    command = ["git", "-C", str(DOCUMENT.parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, text=True, capture_output=True).stdout.strip() or "unknown"
+
+
+def main(arguments: Sequence[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["60m", "350m"])
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and gradients")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="elapsed", help="on a CPU")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=60, help="for one contender, at most about")
+    parser.add_argument("--short", action="store_true", help="everything once, on a tiny model")
+    parser.add_argument("--write", action="store_true", help="also into docs/speed.md")
+    options = parser.parse_args(arguments)
+    if options.short:
+        options.sizes, options.repeats, options.threads = ["tiny"], 1, 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        tables = ["\n".join(table(size, options.layers, options)) for size in options.sizes]
+    finally:
+        torch.set_num_threads(threads)
+    tables[0] = f"Commit {commit()}. {tables[0]}"
+    if options.write:
+        DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), tables, options.dtype, torch.device(options.device)))
+    text = "\n\n".join(tables)
+    print(f"\n{text}")
+    return text
+
+
+if __name__ == "__main__":
+    main()

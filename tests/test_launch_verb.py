@@ -1,0 +1,146 @@
+"""`dist-lowrank launch`: what it refuses, and that secrets get into nothing that it writes or says."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from launch_jobs import CASES
+
+from dist_lowrank.cli import main
+from dist_lowrank.config import begin_again, claim, open_run
+from dist_lowrank.exit_codes import ExitCode
+
+CANARY = "hf_Canary0Canary1Canary2Canary3Canary4"
+TEXT = ["data=text", "data.path=text.txt", "data.cache=cache", "data.vocab_size=300"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "text.txt").write_text("One and one makes two, says the teacher.\n" * 500)
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "one.txt").write_text("One and one makes two, says the teacher.\n" * 500)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _files(folder: Path) -> dict[Path, str]:
+    return {path: path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()}
+
+
+def test_secrets_of_the_environment_are_in_no_file_and_no_message(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    monkeypatch.setenv("WANDB_API_KEY", CANARY)
+    by_name = 0
+    for case, overrides in CASES.items():
+        secret = (
+            []
+            if any("secret_environment" in each for each in overrides)
+            else ["launcher.secret_environment=[HF_TOKEN]"]
+        )
+        command = ["launch", "--render-only", "train.global_batch_size=48", f"name={case}", *overrides, *secret]
+        assert main(command) == ExitCode.FINISHED, case
+        (launch,) = folder.glob(f"runs/{case}-*/attempt-1/launch")
+        texts = "".join(path.read_text() for path in launch.iterdir())
+        by_name += "HF_TOKEN" in texts.replace('"secret_environment": [', "")
+    assert by_name == len(CASES), "all of them refer to the secret by its name"
+    assert not [path for path, text in _files(folder).items() if CANARY in text]
+    assert CANARY not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"+hub_token={CANARY}",
+        f"launcher.environment.ANYTHING={CANARY}",
+        f"launcher.environment.HF_TOKEN='{CANARY}'",
+        f"launcher.environment={{ANYTHING: {CANARY}}}",
+        f"data.dataset=https://me:{CANARY}@example.org/text",
+        f"hf_token={CANARY} and: [more",
+    ],
+)
+def test_a_secret_on_the_command_line_is_refused_and_not_repeated(
+    folder: Path, capfd: pytest.CaptureFixture[str], override: str
+) -> None:
+    before = _files(folder).keys()
+    assert main(["launch", "--render-only", "launcher=slurm", *TEXT, override]) == ExitCode.CONFIGURATION
+    told = "".join(capfd.readouterr())
+    assert CANARY not in told
+    assert "credentials are not allowed" in told
+    assert _files(folder).keys() == before
+
+
+FEWER = ["launcher.min_nodes=1", "launcher.nproc_per_node=3"]
+REFUSED = {
+    "train on a cluster": (
+        ["train", "launcher=slurm"],
+        "launcher: slurm is not allowed here, where runs start on this machine; allowed: local (or `dist-lowrank la",
+    ),
+    "nothing to render": (["launch", "--render-only"], "--render-only: is not allowed with launcher=local; allowed: "),
+    "a secret that is not there": (
+        ["launch", "launcher=docker", "launcher.secret_environment=[NOT_SET_ANYWHERE]"],
+        "launcher.secret_environment: NOT_SET_ANYWHERE is not set here; allowed: variables that are set",
+    ),
+    "a file that pods do not have": (
+        ["launch", "launcher=kubernetes", "launcher.kind=job"],
+        "text.txt: is not allowed with launcher=kubernetes, pods do not have it; allowed: paths below /data",
+    ),
+    "a batch that the processes cannot share": (
+        ["launch", "launcher=slurm", "launcher.nodes=3"],
+        "train.global_batch_size: 16 is not allowed with 24 processes; allowed: a multiple of 24",
+    ),
+    "a batch that fewer hosts cannot share": (
+        ["launch", "launcher=torchrun", "launcher.hosts=[a,b]", "launcher.rendezvous=c10d", *FEWER],
+        "train.global_batch_size: 16 is not allowed with 3 processes",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_started_is_refused_before_anything_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    arguments, message = REFUSED[what]
+    assert main([*arguments, *TEXT]) == ExitCode.CONFIGURATION
+    assert message in capsys.readouterr().err
+    assert not (folder / "runs").exists()
+
+
+def test_a_run_that_does_not_fit_its_accelerator_is_not_launched(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["launch", "--render-only", "launcher=slurm", "launcher.nproc_per_node=2", *TEXT]
+    assert main([*command, "launcher.accelerator=1MiB"]) == ExitCode.DOES_NOT_FIT
+    assert "does not fit: " in capsys.readouterr().out
+    assert main([*command, "launcher.accelerator=h1000"]) == ExitCode.CONFIGURATION
+    assert "launcher.accelerator: h1000 is not allowed; did you mean h100? allowed: " in capsys.readouterr().err
+    assert not (folder / "runs").exists()
+
+
+def test_a_prepared_attempt_is_claimed_once_and_every_later_start_makes_the_next(folder: Path) -> None:
+    command = ["launch", "--render-only", "launcher=torchrun", "launcher.device=cpu", "launcher.nproc_per_node=2"]
+    assert main([*command, *TEXT]) == ExitCode.FINISHED
+    (run,) = (folder / "runs").iterdir()
+    assert [claim(run).attempt for _ in range(3)] == [1, 2, 3]
+    begin_again(open_run(run))
+    assert claim(run).attempt == 4
+    assert open_run(run).config() == open_run(run / "attempt-1").config()
+
+
+def test_submitting_passes_on_the_exit_code_and_says_which_command_is_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tools = folder / "tools"
+    tools.mkdir()
+    (tools / "sbatch").write_text("#!/bin/sh\necho Submitted $1\nexit 7\n")
+    (tools / "sbatch").chmod(0o755)
+    command = ["launch", "launcher=slurm", "launcher.device=cpu", "launcher.nproc_per_node=2", *TEXT]
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    assert main(command) == 7
+    assert "Submitted " in capfd.readouterr().out
+    monkeypatch.setenv("PATH", str(folder))
+    assert main(command) == ExitCode.FAILED
+    assert "error: sbatch: No such file or directory; the files are written" in capfd.readouterr().err
