@@ -92,10 +92,8 @@ def test_devices_have_their_published_memory() -> None:
     assert capacity_bytes("12345") == 12345
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [["strategy=fsdp", "precision=bf16"], pytest.param(["strategy=ddp", "optimizer=adamw"], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [["strategy=fsdp", "precision=bf16"], ["strategy=ddp", "optimizer=adamw"]])
 def test_blocks_that_are_not_traced_are_told_to_the_byte(overrides: list[str]) -> None:
     config = with_blocks(compose([*TINY, *overrides]), 7)
     told, whole = estimate_step(config, 2), trace(config, 2, None, (2,))

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dist_lowrank.config.schema import RunConfig
-from dist_lowrank.planning.trace import Bytes, Held, Trace, Updates, depth, trace
+from dist_lowrank.planning.parameters import planned_parameters
+from dist_lowrank.planning.shares import shards_of, shares
+from dist_lowrank.planning.trace import Bytes, Held, Trace, Updates, depth, trace, with_blocks
 from dist_lowrank.training.traffic_forecast import TrafficRow
 
+TRACED_SHARDS = 256
 WHOLE_BLOCKS = 5  # a model of no more is traced as it is
 TRACED_BLOCKS = (3, 4)  # from the third on, blocks wait for the same neighbours
 
@@ -46,12 +49,14 @@ def estimate_step(config: RunConfig, world_size: int) -> StepEstimate:
     if config.model.attention == "flash_attention_2":  # which keeps what torch's own kernels keep
         config = replace(config, model=replace(config.model, attention="sdpa"))
     if blocks is None or blocks <= WHOLE_BLOCKS:
-        fewer = more = trace(config, world_size, None, (size, 2 * size))
+        fewer = more = _traced(config, world_size, None, size)
         extra, notes = 0, ["activations: traced on the whole model"]
     else:
-        fewer, more = (trace(config, world_size, count, (size, 2 * size)) for count in TRACED_BLOCKS)
+        fewer, more = (_traced(config, world_size, count, size) for count in TRACED_BLOCKS)
         extra = blocks - TRACED_BLOCKS[1]
         notes = [f"activations: traced on {TRACED_BLOCKS[0]} and {TRACED_BLOCKS[1]} blocks, carried over to {blocks}"]
+    if (shards_of(config, world_size) or 0) > TRACED_SHARDS:
+        notes.append(f"gathered_parameters and buffers: traced on {TRACED_SHARDS} ranks, with the padding of all")
     if config.model.compile:
         notes.append("activations: as without model.compile, which usually needs less")
     one, double = (_further(fewer.passes[count], more.passes[count], extra) for count in (size, 2 * size))
@@ -63,6 +68,38 @@ def estimate_step(config: RunConfig, world_size: int) -> StepEstimate:
     between_bytes = round(sum(updates.between.at_peak.values()))
     traffic = _traffic(fewer.traffic, more.traffic, extra)
     return StepEstimate(size, one, Held(*grown), updates.first, updates.refresh, between_bytes, traffic, [*notes, note])
+
+
+def _traced(config: RunConfig, world_size: int, block_count: int | None, size: int) -> Trace:
+    """With micro-batches of two sizes. FSDP2 cuts what it gathers in a piece per rank, so that of thousands of ranks
+    the passes are followed on fewer.
+    """
+    sizes = (size, 2 * size)
+    if (shards_of(config, world_size) or 0) <= TRACED_SHARDS:
+        return trace(config, world_size, block_count, sizes)
+    whole = with_blocks(config, block_count) if block_count is not None else config
+    strategy = replace(config.strategy, name="fsdp", shard_size=None)
+    batch = config.train.global_batch_size // world_size * TRACED_SHARDS
+    near = replace(whole, strategy=strategy, train=replace(config.train, global_batch_size=batch))
+    of_layouts = trace(config, world_size, block_count, ())
+    passes = trace(near, TRACED_SHARDS, None, sizes, with_updates=False).passes
+    shard, near_shard = _stored(whole, world_size), _stored(near, TRACED_SHARDS)
+    gathered = shard * (shards_of(config, world_size) or 1) / (near_shard * TRACED_SHARDS)
+    factors = {"gradients": shard / near_shard, "gathered_parameters": gathered, "collective_buffers": gathered}
+    padded = {
+        count: Held(*(_times(each, factors) for each in (held.at_peak, held.most))) for count, held in passes.items()
+    }
+    return replace(of_layouts, passes=padded)
+
+
+def _stored(config: RunConfig, world_size: int) -> int:
+    """Elements of all weights on one rank, with padding."""
+    found = shares(config, planned_parameters(config), world_size)
+    return sum(number * int(share.stored[0]) for _, share, number in found)
+
+
+def _times(held: Bytes, factors: Bytes) -> dict[str, float]:
+    return {cause: count * factors.get(cause, 1) for cause, count in held.items()}
 
 
 def _further(fewer: Held, more: Held, extra: int) -> Held:

@@ -75,13 +75,22 @@ class _StepsAsNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def trace(config: RunConfig, world_size: int, block_count: int | None, micro_batch_sizes: Sequence[int]) -> Trace:
+def trace(
+    config: RunConfig,
+    world_size: int,
+    block_count: int | None,
+    micro_batch_sizes: Sequence[int],
+    *,
+    with_updates: bool = True,
+) -> Trace:
     """Follows rank 0 through forward and backward passes and through updates.
 
     Under DeepSpeed the passes are those of the plain model, without what DeepSpeed itself holds.
 
     Args:
         block_count: of a model cut short; None: all.
+        micro_batch_sizes: to follow through the passes; none: what layouts alone tell.
+        with_updates: follow updates too.
     """
     config = config if block_count is None else with_blocks(config, block_count)
     with pretended_rank(0, world_size):
@@ -89,15 +98,18 @@ def trace(config: RunConfig, world_size: int, block_count: int | None, micro_bat
         if config.strategy.name in ("fsdp", "hsdp"):
             forms = low_rank_forms(route(model, config), config)
             apply_strategy(model, blocks(model), config.strategy, config.precision, forms, CPU)
+        if not micro_batch_sizes:
+            optimizer = _make_optimizer(config, model, "meta")
+            return Trace({}, _traffic(config, optimizer), None, *_bounds(optimizer, _jobs(optimizer)))
         numbers = _StepsAsNumbers()  # type: ignore[no-untyped-call]
         with FakeTensorMode(allow_non_fake_inputs=True), numbers:
             model.to_empty(device=CPU)
             passes = {size: _forward_backward(config, model, size, world_size) for size in micro_batch_sizes}
-            optimizer = _make_optimizer(config, model)
+            optimizer = _make_optimizer(config, model, "cpu")
             jobs = _jobs(optimizer)
             bounds, traffic = _bounds(optimizer, jobs), _traffic(config, optimizer)
             takes_turns = any(isinstance(recipe, Blocks) for _, recipe in jobs)
-            if takes_turns or sum(map(_pieces, jobs)) > MOST_PIECES:
+            if not with_updates or takes_turns or sum(map(_pieces, jobs)) > MOST_PIECES:
                 return Trace(passes, traffic, None, *bounds)
             return Trace(passes, traffic, _updates(config, model, optimizer, numbers), *bounds)
 
@@ -172,10 +184,10 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+def _make_optimizer(config: RunConfig, model: nn.Module, device: str) -> torch.optim.Optimizer:
     """On the sharded model, or on flat tensors as DeepSpeed's."""
     if config.strategy.zero_stage and not isinstance(config.optimizer, AdamWConfig):
-        optimizer: Any = optimizer_on_flat_tensors(config, model, "cpu")
+        optimizer: Any = optimizer_on_flat_tensors(config, model, device)
     else:
         optimizer = make_optimizer(config, route(model, config))
     return cast(torch.optim.Optimizer, optimizer)
