@@ -65,6 +65,7 @@ CASES = {
         "launcher.rdma_resource=rdma/hca",
         "launcher.memory_gib=512",
         "launcher.secret_environment=[HF_TOKEN]",
+        "launcher.secret_name=hub",
         "launcher.node_selector={pool: a100}",
     ],
     "kubernetes_job": ["launcher=kubernetes", "launcher.kind=job", "launcher.nodes=2", "launcher.device=cpu"],

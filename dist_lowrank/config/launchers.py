@@ -224,7 +224,7 @@ class KubernetesLauncher(Container):
     join_timeout_seconds: PositiveInt = 600
     claim: ObjectName = "runs"  # volume claim for run folders, mounted at /runs; all nodes write it
     data_claim: ObjectName | None = None  # volume claim for data, mounted at /data, read-only
-    secret: ObjectName = "dist-lowrank"  # object with a key for each name in secret_environment
+    secret_name: ObjectName = "dist-lowrank"  # of a Secret with a key for each name in secret_environment
     cpus: PositiveInt | None = None  # per node; null: threads x nproc_per_node
     memory_gib: PositiveInt | None = None  # per node; null: no request
     rdma_resource: Word | None = None  # of the cluster's device plugin, such as rdma/hca_shared_devices_a

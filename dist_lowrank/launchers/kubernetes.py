@@ -156,7 +156,7 @@ def _node_container(job: Job[KubernetesLauncher], rendezvous: list[str]) -> dict
         {"name": name, "value": value} for name, value in container_environment(job).items()
     ]
     variables += [
-        {"name": name, "valueFrom": {"secretKeyRef": {"name": launcher.secret, "key": name}}}
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": launcher.secret_name, "key": name}}}
         for name in launcher.secret_environment
     ]
     devices = {"nvidia.com/gpu": str(launcher.nproc_per_node)} if launcher.device == "cuda" else {}
