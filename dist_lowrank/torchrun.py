@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failure = first_failure(error, folder)
         if failure is None or folder.is_finished:
             return how_stopped(folder)
-        if not failure.told:
+        if not failure.told and failure.code is ExitCode.FAILED:  # ranks tell what they end by with another code
             print(f"error: rank {failure.rank} of {folder.attempt_path} {failure.text}", file=sys.stderr)
         return failure.code
     return ExitCode.FINISHED

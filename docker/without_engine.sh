@@ -96,11 +96,20 @@ build() {
         "${arguments[@]}" "${mounts[@]}" "$project"
 }
 
-write_configuration
 case ${1:-} in
-setup) setup ;;
-build) setup && build "${2:-cpu}" ;;
-run) shift && exec "$@" ;;
+setup)
+    write_configuration
+    setup
+    ;;
+build)
+    write_configuration
+    setup
+    build "${2:-cpu}"
+    ;;
+run)
+    shift
+    exec "$@"
+    ;;
 remove)
     podman system reset --force
     rm -rf "$storage"

@@ -21,7 +21,7 @@ WORKSPACE_BYTES = 2**30
 RANKS = [  # flat slices are what stages 1 to 3 of ZeRO make; `fsdp_rows` has matrices that are exchanged
     (layout, world_size, rank)
     for layout in ("ddp", "fsdp", "fsdp_rows", "hsdp", "flat")
-    for world_size in ((2, 4) if layout == "hsdp" else (1, 2, 3, 4))
+    for world_size in {"hsdp": (2, 4), "fsdp": (1, 2, 4)}.get(layout, (1, 2, 3, 4))  # what Shard(1) divides
     for rank in range(world_size)
 ]
 FEW = ("feedback int4", "moments int8", "shared", "fft", "galore", "ldadam", "dion", "smmf, bf16 weights")

@@ -115,7 +115,8 @@ def column_energy(rows: Tensor, atoms: Tensor) -> Tensor:
     Returns:
         Tensor (n,), float32.
     """
-    (length, n), _ = rows.shape, _check(atoms, rows)
+    _check(atoms, rows)
+    length, n = rows.shape
     partials = torch.empty(triton.cdiv(length, _ROWS), n, dtype=torch.float32, device=rows.device)
     grid = (len(partials), triton.cdiv(n, _COLUMNS))
     if length:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dist_lowrank.config.launchers import ComposeLauncher
 from dist_lowrank.launchers.containers import (
+    TMPFS,
     WORKSPACE,
     container_command,
     container_environment,
@@ -45,7 +46,7 @@ def _service(job: Job[ComposeLauncher], rank: int) -> dict[str, Any]:
         "volumes": [str(mount) for mount in mounts(job, launcher.mounts)],
         "shm_size": f"{launcher.shared_memory_gib}gb",
         "read_only": launcher.read_only_root,
-        "tmpfs": ["/tmp:mode=1777"],
+        "tmpfs": [TMPFS],
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
         "stop_grace_period": f"{launcher.stop_seconds + 10}s",

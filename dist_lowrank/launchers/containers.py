@@ -12,6 +12,7 @@ from dist_lowrank.launchers.job import Job, environment, joined, torchrun_option
 
 WORKSPACE = "/workspace"  # relative paths of the configuration start here
 RUNS = "/runs"
+TMPFS = "/tmp:exec,mode=1777"  # compiled kernels are loaded from there
 CACHE = f"{RUNS}/.cache"  # tokens, tokenizers and downloads, kept between runs
 
 

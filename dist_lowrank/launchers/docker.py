@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from dist_lowrank.config.launchers import DockerLauncher
-from dist_lowrank.launchers.containers import WORKSPACE, container_command, container_environment, mounts
+from dist_lowrank.launchers.containers import TMPFS, WORKSPACE, container_command, container_environment, mounts
 from dist_lowrank.launchers.job import ONE_NODE, Job, joined, needed_secrets
 
 
@@ -37,7 +37,7 @@ def _options(job: Job[DockerLauncher]) -> list[list[str]]:
     launcher = job.launcher
     options = [
         ["--user", job.user, "--cap-drop", "ALL", "--security-opt", "no-new-privileges"],
-        ["--shm-size", f"{launcher.shared_memory_gib}g", "--tmpfs", "/tmp:mode=1777"],
+        ["--shm-size", f"{launcher.shared_memory_gib}g", "--tmpfs", TMPFS],
         ["--network", launcher.network, "--stop-timeout", str(launcher.stop_seconds + 10)],
         ["--workdir", WORKSPACE],
     ]

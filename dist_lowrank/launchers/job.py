@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -157,8 +157,3 @@ def needed_secrets(launcher: RenderingLauncher) -> list[str]:
 def joined(directory: str, path: str) -> str:
     """A path that may be relative to a directory, absolute; works for paths of other machines."""
     return path if path.startswith("/") else f"{directory.rstrip('/')}/{path}"
-
-
-def words(variables: Mapping[str, str]) -> list[str]:
-    """NAME=VALUE of each."""
-    return [f"{name}={value}" for name, value in variables.items()]

@@ -23,13 +23,13 @@ OF_ALLOCATOR = ("fragmentation", "outside_allocator")
 # that is logged has to be here. What the allocator held at most is no cause.
 CAUSES = (*OF_MODEL, *OF_OPTIMIZER, *OF_STEP, *OF_ALLOCATOR, RESIDUAL, "allocator_peak")
 _NOT_STATE = {*OF_MODEL, *OF_STEP, *OF_ALLOCATOR, RESIDUAL, "allocator_peak"}
-_NOT_CAUSES = {*OF_STEP, *OF_ALLOCATOR, RESIDUAL, "allocator_peak"}
+_NOT_CAUSES = {*OF_ALLOCATOR, RESIDUAL, "allocator_peak"}
 
 
 def is_cause(name: str) -> bool:
-    """Whether bytes of this name add up with the others to what a rank holds from step to step.
+    """Whether bytes of this name add up with the others to what a rank holds.
 
-    What lives within a step is logged at its most, which is at another moment for each, and at tracked steps alone.
+    Those of `OF_STEP` do at one moment; logged is the most of each, at another moment for each.
     """
     return name not in _NOT_CAUSES
 

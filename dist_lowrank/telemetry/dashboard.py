@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from dist_lowrank.config.schema import TelemetryConfig
 from dist_lowrank.telemetry import tags
-from dist_lowrank.telemetry.causes import is_cause, is_state
+from dist_lowrank.telemetry.causes import OF_STEP, is_cause, is_state
 from dist_lowrank.telemetry.charts import layout_of_rank, layout_over_ranks
 from dist_lowrank.telemetry.metrics import MetricsWriter
 from dist_lowrank.telemetry.over_ranks import gather_figures, statistics_over_ranks
@@ -47,7 +47,8 @@ class Dashboard:
         """Writes the entry of a step. Collective where there are more ranks than shown (one small all-gather)."""
         memory = {tag.removeprefix(_MEMORY): int(n) for tag, n in values.items() if tag.startswith(_MEMORY)}
         self._most_state_bytes = max(self._most_state_bytes, sum(n for cause, n in memory.items() if is_state(cause)))
-        self._most_total_bytes = max(self._most_total_bytes, sum(n for cause, n in memory.items() if is_cause(cause)))
+        held_through = [n for cause, n in memory.items() if is_cause(cause) and cause not in OF_STEP]
+        self._most_total_bytes = max(self._most_total_bytes, sum(held_through))
         if tags.TOKENS_PER_SECOND in values:
             self._tokens_per_second.append(values[tags.TOKENS_PER_SECOND])
         families = [tag.removeprefix(_ENERGY) for tag in values if tag.startswith(_ENERGY)]

@@ -5,7 +5,7 @@ set -euo pipefail
 : "${HF_TOKEN:?is not set here; no file holds it}"
 exec docker run --rm --name llama-tiny-dct-adamw-0123456789ab \
     --user 1000:1000 --cap-drop ALL --security-opt no-new-privileges \
-    --shm-size 8g --tmpfs /tmp:mode=1777 \
+    --shm-size 8g --tmpfs /tmp:exec,mode=1777 \
     --network bridge --stop-timeout 130 \
     --workdir /workspace \
     --read-only \
