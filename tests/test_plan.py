@@ -62,8 +62,8 @@ def test_the_largest_micro_batch_and_rank_fit_and_larger_ones_do_not() -> None:
     assert largest_rank(planner, 1000) == largest_micro_batch(planner, 1000) == 0
 
 
-def test_a_plan_that_does_not_fit_ends_with_code_4(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *TINY, "--world-size", "2", "--device", "300KiB"]) == 4
+def test_a_plan_that_does_not_fit_ends_with_code_5(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *TINY, "--world-size", "2", "--device", "300KiB"]) == 5
     assert "does not fit: 0.00 GiB on rank 0, " in capsys.readouterr().out
 
 
