@@ -121,7 +121,9 @@ def test_what_launch_renders_trains(launcher: str, program: str, tmp_path: Path)
     command += [f"launcher.command=[{SCRIPT},run,{program}]", "launcher.unlimited_memlock=false"]
     launched = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert launched.returncode == 0, launched.stderr
-    assert len(list(tmp_path.glob("runs/*/FINISHED"))) == 1
+    (finished,) = tmp_path.glob("runs/*/FINISHED")
+    for file in finished.parent.glob("attempt-1/launch/compose.yaml"):
+        _run(PODMAN_COMPOSE, "-p", finished.parent.name.replace("_", "-"), "-f", str(file), "down")
 
 
 def test_deepspeed_needs_no_compiler_and_no_known_user(tmp_path: Path) -> None:
