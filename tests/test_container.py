@@ -121,7 +121,9 @@ def test_what_launch_renders_trains(launcher: str, program: str, tmp_path: Path)
     command += [f"launcher.command=[{SCRIPT},run,{program}]", "launcher.unlimited_memlock=false"]
     launched = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert launched.returncode == 0, launched.stderr
-    assert len(list(tmp_path.glob("runs/*/FINISHED"))) == 1
+    (finished,) = tmp_path.glob("runs/*/FINISHED")
+    for file in finished.parent.glob("attempt-1/launch/compose.yaml"):
+        _run(PODMAN_COMPOSE, "-p", finished.parent.name.replace("_", "-"), "-f", str(file), "down")
 
 
 def test_deepspeed_needs_no_compiler_and_no_known_user(tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ def test_there_is_no_compiler_no_cache_and_no_secret_in_it() -> None:
     assert found == []
 
 
-def test_what_the_image_says_of_itself() -> None:
+def test_what_the_image_says_of_itself(tmp_path: Path) -> None:
     (facts,) = json.loads(_run("podman", "image", "inspect", "dist-lowrank:cpu").stdout)
     assert facts["User"] == "1000:1000"
     assert facts["Labels"]["org.opencontainers.image.revision"] != "unknown"
@@ -154,4 +156,4 @@ def test_what_the_image_says_of_itself() -> None:
     assert facts["Size"] < SIZE_LIMIT_BYTES
     health = facts["Healthcheck"]["Test"]
     assert health[0] == "CMD"
-    _run(*_podman("--tmpfs=/tmp", "dist-lowrank:cpu", *health[1:]))
+    _run(*_podman("--tmpfs=/tmp", "dist-lowrank:cpu", *health[1:], runs=tmp_path / "runs"))
