@@ -201,6 +201,7 @@ def test_what_is_not_finite_on_one_rank_is_seen_by_all() -> None:
         (Fira, {}, "False with a residual"),
         (Apollo, {}, "False with a residual"),
         (DCTAdamW, {"refresh_interval": 4, "error_feedback": "fp32"}, "False with a residual or error feedback"),
+        (GaLore, {"subspace": "gaussian"}, "not orthonormal"),
         (DCTAdamW, {}, "refresh_interval=1"),
         (DCTAdamW, {"refresh_interval": 4, "dictionary": "shared", "dictionary_interval": 8}, "shared dictionary"),
     ],

@@ -66,6 +66,17 @@ def test_accumulation_does_not_change_the_trajectory(text: str, tmp_path: Path) 
     torch.testing.assert_close(found[2], found[0], atol=1e-10, rtol=0)
 
 
+def test_gathered_weights_that_stay_for_the_backward_pass_change_nothing(text: str, tmp_path: Path) -> None:
+    """Evaluations, which no backward pass follows, and a save after one included."""
+    common = ("train.steps=2", "train.eval_interval=1", "strategy=fsdp", "checkpoint.interval_steps=1")
+    found = []
+    for keep in ("true", "false"):
+        more = (f"strategy.reshard_after_forward={keep}", f"name=reshard_{keep}")
+        found.append(run_on_ranks(2, run_loop, folder_of(overrides_for(text, tmp_path, *common, *more)))[0])
+    assert losses(found[0]) == losses(found[1])
+    assert all(torch.equal(found[0]["weights"][name], weight) for name, weight in found[1]["weights"].items())
+
+
 def test_activation_checkpointing_does_not_change_the_trajectory(text: str, tmp_path: Path) -> None:
     found = []
     for enabled in ("false", "true"):

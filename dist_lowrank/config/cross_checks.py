@@ -95,7 +95,7 @@ def _low_rank_gradients(config: RunConfig) -> list[str]:
     problems = []
     if not rest.endswith("=none"):
         problems.append(_refused(f"optimizer.{rest}", "none there"))
-    if source.endswith(("=shared", "=blocks")):
+    if source.endswith(("=shared", "=blocks", "=gaussian")):
         problems.append(_refused(f"optimizer.{source}", "any other there"))
     if optimizer.refresh_interval == 1 and getattr(optimizer, "selection", "current") == "current":
         problems.append(_refused("optimizer.refresh_interval=1", "2 or more there (dct_adamw: or selection=previous)"))

@@ -27,6 +27,7 @@ from dist_lowrank.optim.columns import PreviousColumns
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.low_rank import LowRank
 from dist_lowrank.optim.options import refuse
+from dist_lowrank.optim.projections import RandomProjection
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.rounding import RandomBits
 from dist_lowrank.optim.shared_dictionary import shares_dictionary
@@ -61,6 +62,8 @@ def _check_drops_the_rest(recipe: Recipe) -> None:
         raise refuse("low_rank_gradients", True, f"False with a recipe of whole matrices ({type(recipe).__name__})")
     if recipe.residual.needs_coordinates or recipe.full_rows:
         raise refuse("low_rank_gradients", True, "False with a residual or error feedback")
+    if isinstance(recipe.subspace, RandomProjection) and recipe.subspace.kind == "gaussian":
+        raise refuse("low_rank_gradients", True, "False with subspace='gaussian', whose vectors are not orthonormal")
     if shares_dictionary(recipe):
         raise refuse("low_rank_gradients", True, "False with a shared dictionary, which changes at steps of its own")
     if recipe.refresh_interval == 1 and not isinstance(recipe.subspace, PreviousColumns):

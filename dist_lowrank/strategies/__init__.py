@@ -9,8 +9,9 @@ from dist_lowrank.strategies.native import (
     apply_strategy,
     autocast,
     gradient_sync,
+    reshard,
     shard_count,
     shard_dimension,
 )
 
-__all__ = ["WEIGHT_DTYPES", "apply_strategy", "autocast", "gradient_sync", "shard_count", "shard_dimension"]
+__all__ = ["WEIGHT_DTYPES", "apply_strategy", "autocast", "gradient_sync", "reshard", "shard_count", "shard_dimension"]

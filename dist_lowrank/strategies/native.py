@@ -122,3 +122,13 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Any:
     if isinstance(model, DistributedDataParallel) and not enabled:
         return model.no_sync()
     return nullcontext()
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees gathered weights, which FSDP2 keeps until the backward pass where `reshard_after_forward` is false.
+
+    Until then the model's parameters are the gathered ones, and the optimizer's have no memory.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

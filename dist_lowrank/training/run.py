@@ -148,7 +148,9 @@ class Trainer:
                 f"{quantity(sum(p.numel() for p in parameters))} elements: {', '.join(families)}"
             )
         if self.config.strategy.low_rank_gradients:
-            self.console.line("between refreshes ranks sum coefficients of gradients; clip_norm is of what they span")
+            self.console.line(
+                "ranks sum coefficients of gradients where directions are known; clip_norm is of what they span"
+            )
         if self.data.unigram_loss is not None:
             self.console.line(f"unigram model: validation loss {self.data.unigram_loss:.4f}")
 
@@ -337,6 +339,7 @@ class Trainer:
                 context=self._evaluation_forward,
                 legacy_counter=config.train.eval_legacy_counter,
             )
+            self.strategy.after_evaluation()
         perplexity = math.exp(min(loss, 700.0))
         self.metrics.log(step, {tags.LOSS_VALIDATION: loss, tags.PERPLEXITY_VALIDATION: perplexity})
         self.console.validation(step, loss, perplexity)

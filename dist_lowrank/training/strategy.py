@@ -23,7 +23,7 @@ from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.given import GivenParameters
 from dist_lowrank.optim.gradient_sync import sum_coefficients
 from dist_lowrank.sharding.layouts import TallForm
-from dist_lowrank.strategies import apply_strategy, autocast, gradient_sync
+from dist_lowrank.strategies import apply_strategy, autocast, gradient_sync, reshard
 from dist_lowrank.telemetry.memory import model_tensors
 from dist_lowrank.training.model import blocks, low_rank_forms, route
 from dist_lowrank.training.optimizers import make_optimizer
@@ -38,6 +38,9 @@ class Strategy(Protocol):
 
     def forward(self) -> Any:
         """The context of a forward pass."""
+
+    def after_evaluation(self) -> None:
+        """Frees what forward passes leave that no backward pass follows."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds to the gradient; `last` of the micro-batches of a step, it is summed over ranks."""
@@ -81,6 +84,9 @@ class Native:
 
     def forward(self) -> Any:
         return autocast(self.config.strategy, self.config.precision, self.device)
+
+    def after_evaluation(self) -> None:
+        reshard(self.model)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         with gradient_sync(self.model, last):
@@ -137,6 +143,9 @@ class DeepSpeed:
 
     def forward(self) -> Any:
         return nullcontext()
+
+    def after_evaluation(self) -> None:
+        pass
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.model.set_gradient_accumulation_boundary(last)
