@@ -92,6 +92,14 @@ def test_devices_have_their_published_memory() -> None:
     assert capacity_bytes("12345") == 12345
 
 
+@pytest.mark.parametrize("optimizer", ["dct_adamw", "galore"])
+def test_copies_are_traced_too(optimizer: str) -> None:
+    config = compose([*TINY, "strategy=ddp", f"optimizer={optimizer}"])
+    estimate = estimate_step(config, 2)
+    assert any(row.operation == "all_gather" for row in estimate.traffic)
+    assert estimate.refresh.most["refresh_workspace"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [["strategy=fsdp", "precision=bf16"], ["strategy=ddp", "optimizer=adamw"]])
 def test_blocks_that_are_not_traced_are_told_to_the_byte(overrides: list[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from dist_lowrank.config.optimizers import AdamWConfig
 from dist_lowrank.config.schema import RunConfig
@@ -190,6 +190,9 @@ def _make_optimizer(config: RunConfig, model: nn.Module, device: str) -> torch.o
         optimizer: Any = optimizer_on_flat_tensors(config, model, device)
     else:
         optimizer = make_optimizer(config, route(model, config))
+    if isinstance(optimizer, LowRankOptimizer):
+        with _disable_current_modes():  # a mesh of copies is made of tensors that have data
+            optimizer._replica_mesh(torch.device(device))
     return cast(torch.optim.Optimizer, optimizer)
 
 
