@@ -113,7 +113,7 @@ def _different_ranks(groups: Sequence[Group]) -> list[str]:
     logged = [causes([group]) for group in groups]
     partly = [cause for cause in OF_STEP if 0 < sum(cause in each for each in logged) < len(groups)]
     if partly:
-        notes.append(f"Not logged by all: memory of {', '.join(partly)}; all memory is not like for like.")
+        notes.append(f"Not logged by all: memory of {', '.join(partly)}.")
     return notes
 
 

@@ -122,6 +122,7 @@ def quantities(group: Group, row: LossRow, index: int, traffic: Traffic | None) 
         "optimizer_share": lambda rank: rank.optimizer_share,
         "state_bytes": lambda rank: rank.state_bytes,
         "total_bytes": lambda rank: rank.total_bytes,
+        "peak_bytes": lambda rank: rank.peak_bytes,
     }
     for cause in causes([group]):
         over_ranks[f"memory_bytes.{cause}"] = lambda rank, cause=cause: rank.memory_bytes.get(cause)  # type: ignore[misc]

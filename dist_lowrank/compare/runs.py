@@ -34,10 +34,15 @@ class Rank:
 
     memory_bytes: Mapping[str, int]  # by cause, the most at any logged step; also figures that are no causes
     state_bytes: int  # all that the optimizer holds, its dictionary included; the most at any logged step
-    total_bytes: int  # what it held at the peak of a tracked step; else all that it held through the steps, at most
+    total_bytes: int  # all that it held from step to step, the most at any logged step
     at_peak: Mapping[str, int]  # by cause, `residual` and `total` included, at that peak; empty if no step was tracked
     optimizer_milliseconds: float | None  # per step; the first logged one, in which everything warms up, left out
     optimizer_share: float | None  # of the time of a step, 0 to 1
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """All that it held at the peak of a tracked step; None if no step was tracked."""
+        return self.at_peak.get("total")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +149,7 @@ def _rank(lines: Sequence[dict[str, Any]], tokens_per_step: int) -> Rank:
         peak = {tag.removeprefix(_AT_PEAK): int(n) for tag, n in line.items() if tag.startswith(_AT_PEAK)}
         if peak.get("total", 0) > at_peak.get("total", 0):
             at_peak = peak
-        total_bytes = max(total_bytes, sum(held_through), at_peak.get("total", 0))
+        total_bytes = max(total_bytes, sum(held_through))
     timed = _without_warm_up([line for line in lines if line.get(tags.TOKENS_PER_SECOND)])
     milliseconds = [line[tags.OPTIMIZER_MILLISECONDS] for line in timed]
     step_milliseconds = [1000 * tokens_per_step / line[tags.TOKENS_PER_SECOND] for line in timed]

@@ -154,7 +154,7 @@ def _memory(comparison: Comparison) -> Table:
     explanation = (
         "Bytes, of each cause the most at any logged step. Worst: the number of the rank that holds most, - where all "
         "hold the same. What is marked as state is what the optimizer holds between steps, its dictionary included. "
-        "All memory: what is held through the steps, or what was measured at the peak of a tracked step."
+        "All memory: what is held from step to step; what a step takes beside it is in the table of its peak."
     )
     headings = ["run", "cause", "kind", "min", "median", "max", "worst rank", "sum over ranks"]
     return Table("Memory per rank by cause", explanation, headings, rows)

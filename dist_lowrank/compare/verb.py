@@ -21,7 +21,7 @@ assertions are about each run (the mean over its seeds) but the first, which is 
   --assert 'abs(loss.validation - baseline.loss.validation) < 0.02 and tokens_per_second >= 0.9 * baseline'
 quantities: loss.validation, loss.train, tokens, tokens_per_second, step_milliseconds, training_seconds, refresh_share,
   captured_energy, sent_bytes.mean, sent_bytes.refresh, and over the ranks with .min, .median or .max: state_bytes,
-  total_bytes, memory_bytes.CAUSE, optimizer_milliseconds, optimizer_share
+  total_bytes, peak_bytes, memory_bytes.CAUSE, optimizer_milliseconds, optimizer_share
 """
 
 _EPILOG = f"""\
