@@ -66,6 +66,7 @@ def _child(
         faulthandler.enable(log)
         faulthandler.dump_traceback_later(timeout_seconds - 5, file=log)
         torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # accelerate too; threads of OpenMP do not survive a fork
         if distributed:
             store = dist.FileStore(os.path.join(folder, "store"), world_size)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)

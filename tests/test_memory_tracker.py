@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from itertools import product
@@ -142,6 +143,7 @@ class MarkedTrainer(Trainer):
 
 def _train(rank: int, folder: RunFolder, ranks: int) -> tuple[dict[str, int], int, int]:
     """What the second step logged; in the end the ledger's state, and what is reached from the optimizer."""
+    gc.freeze()  # the tracker looks for tensors: not for those of tests that ran before in this process
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     with MetricsWriter(folder.metrics(rank), None) as metrics:
         trainer = MarkedTrainer(folder.config(), folder, torch.device("cpu"), Console(enabled=False), metrics)

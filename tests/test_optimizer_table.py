@@ -46,7 +46,7 @@ def test_a_line_shows_what_the_run_has_written(table: dict[str, Any], text: str,
     held = []
     for result in results:
         last = [entry for entry in result["entries"] if "memory_bytes/parameters" in entry][-1]
-        causes = ("moments", "dense_moments", "projection", "other_state")
+        causes = ("moments", "dense_moments", "projection", "other_state", "diagnostics")
         held.append(sum(last.get(f"memory_bytes/{cause}", 0) for cause in causes))
     assert read.state_bytes == max(held) > 0
     assert 0 < read.optimizer_milliseconds < read.step_milliseconds

@@ -20,7 +20,8 @@ def adam_direction(
     """
     beta1, beta2 = betas
     tensors = (coefficients, mean, square)
-    if coefficients.device.type not in _FUSED_DEVICES or not all(each.is_contiguous() for each in tensors):
+    fused = coefficients.device.type in _FUSED_DEVICES and all(each.is_contiguous() for each in tensors)
+    if not fused or torch.compiler.is_compiling():  # which fuses by itself, and cannot trace the kernel
         mean.lerp_(coefficients, 1 - beta1)
         square.mul_(beta2).addcmul_(coefficients, coefficients, value=1 - beta2)
         return (mean / (1 - beta1**step)).div_((square / (1 - beta2**step)).sqrt_().add_(eps))
