@@ -172,13 +172,17 @@ def _train_profiled(_: int, folder: RunFolder, ranks: int) -> tuple[dict[str, in
 
 def _folder(text: str, runs: Path, strategy: str, optimizer: str) -> tuple[RunFolder, int]:
     """And the number of ranks."""
+    return folder_of(_overrides(text, runs, strategy, optimizer)), 4 if strategy == "hsdp" else 2
+
+
+def _overrides(text: str, runs: Path, strategy: str, optimizer: str) -> list[str]:
     more = [f"strategy={strategy}", f"optimizer={optimizer}", "train.steps=2", "telemetry.memory_tracker_steps=[2]"]
     if strategy.startswith("zero"):
         (runs / "deepspeed.json").write_text(json.dumps(DEEPSPEED))
         more.append(f"strategy.config={runs / 'deepspeed.json'}")
     if strategy == "hsdp":
         more.append("strategy.shard_size=2")
-    return folder_of(overrides_for(text, runs, *LARGER, *more)), 4 if strategy == "hsdp" else 2
+    return overrides_for(text, runs, *LARGER, *more)
 
 
 def _at_peak(said: dict[str, int]) -> tuple[dict[str, int], int]:
@@ -235,6 +239,19 @@ def test_ranks_that_train_together_explain_their_memory(
         assert (said["memory_bytes/refresh_workspace"] > 0) == (optimizer == "dct_adamw")
         assert (said["memory_bytes/gathered_parameters"] > 0) == (strategy in ("fsdp", "hsdp", "zero3"))
         assert said["memory_bytes/collective_buffers"] > 0
+
+
+def test_copies_for_checkpoints_and_buckets_that_are_never_sent_are_explained(text: str, tmp_path: Path) -> None:
+    more = ["strategy.low_rank_gradients=true", "optimizer.refresh_interval=4", "checkpoint.interval_steps=1"]
+    folder = folder_of([*_overrides(text, tmp_path, "ddp", "galore"), *more])
+    told = [_at_peak(said) for said, *_ in run_on_ranks(2, _train, folder, 2, timeout_seconds=100)]
+    for by_cause, total_bytes in told:
+        assert 0 <= by_cause["residual"] < 0.005 * total_bytes
+        assert by_cause["collective_buffers"] >= by_cause["parameters"]
+    copied_bytes, moments_bytes = (sum(held[cause] for held, _ in told) for cause in ("checkpoint_copy", "moments"))
+    copies = ("parameters", "projection", "dense_moments", "other_state")  # of which one rank saves each
+    saved_bytes = moments_bytes + sum(told[0][0][cause] for cause in copies)
+    assert saved_bytes < copied_bytes < saved_bytes + 2 * 16_000  # and random states
 
 
 def test_a_run_that_is_not_asked_tracks_nothing(text: str, tmp_path: Path) -> None:

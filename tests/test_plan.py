@@ -50,6 +50,12 @@ def test_plan_tells_every_rank_and_starts_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_notes_that_the_dictionary_of_auto_is_an_upper_bound() -> None:
+    for transform, noted in (("auto", True), ("gemm", False)):
+        plan = Planner(compose([*TINY, f"optimizer.transform={transform}"]), 2, traced=False).plan()
+        assert any(note.startswith("dictionary: at most") for note in plan.notes) == noted
+
+
 def test_the_largest_micro_batch_and_rank_fit_and_larger_ones_do_not() -> None:
     planner = Planner(compose([*TINY, "train.global_batch_size=4"]), 2)
     allowed_bytes = int(planner.plan(5).peak_bytes.max())

@@ -118,6 +118,11 @@ class Saver:
             self._outcome = replace(self._outcome, blocked_seconds=self._outcome.seconds)
             self.poll()
 
+    @property
+    def copies(self) -> list[Tensor]:
+        """What the last save copied to the CPU, kept for the next one to copy into."""
+        return [*self._copies.values()]
+
     def poll(self) -> None:
         """Reports a save that has ended since the last call."""
         if self._outcome is not None and (self._thread is None or not self._thread.is_alive()):

@@ -37,6 +37,7 @@ _CAUSE_COLOURS = {
     "other_state": "#9D755D",
     "refresh_workspace": "#FF9DA6",
     "collective_buffers": "#72B7B2",
+    "checkpoint_copy": "#A0CBE8",
     "activations": "#D6A5C9",
     "temporaries": "#D8B5A5",
     "inputs": "#439894",

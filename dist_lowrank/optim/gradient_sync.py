@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dist_lowrank.optim.binding import BoundMatrix
 from dist_lowrank.optim.columns import PreviousColumns
@@ -36,7 +37,7 @@ from dist_lowrank.optim.wave import no_autocast, place_of
 from dist_lowrank.subspaces import column_scores
 
 
-def sum_coefficients(model: DistributedDataParallel, optimizer: LowRankOptimizer) -> None:
+def sum_coefficients(model: DistributedDataParallel, optimizer: LowRankOptimizer) -> WeakTensorKeyDictionary:
     """Lets a model sum coefficients of gradients. Once, before the first backward pass.
 
     Exact where what lies outside the subspace is dropped and directions are kept for several steps: GaLore, GoLore,
@@ -49,12 +50,17 @@ def sum_coefficients(model: DistributedDataParallel, optimizer: LowRankOptimizer
         model: whose communication hook this becomes.
         optimizer: of its parameters. Between a backward pass and the step its state must stay as it is.
 
+    Returns:
+        As keys, the buckets that the model holds now: they are never sent, so that nothing else tells of their memory.
+
     Raises:
         ValueError: for an optimizer that needs the whole gradient, naming the option that says so.
     """
     for group in optimizer.param_groups:
         _check_drops_the_rest(optimizer.recipe(group))
-    model.register_comm_hook(optimizer, _mean_of_bucket)
+    buckets = WeakTensorKeyDictionary()
+    model.register_comm_hook((optimizer, buckets), _mean_of_bucket)
+    return buckets
 
 
 def _check_drops_the_rest(recipe: Recipe) -> None:
@@ -101,10 +107,12 @@ class _Known:
 
 @torch.no_grad()
 def _mean_of_bucket(
-    optimizer: LowRankOptimizer,
+    state: tuple[LowRankOptimizer, WeakTensorKeyDictionary],
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
     """The communication hook: replaces the gradients of a bucket by their means over ranks."""
+    optimizer, buckets = state
+    buckets[bucket.buffer()] = None
     gradients, dtype, device = bucket.gradients(), bucket.buffer().dtype, bucket.buffer().device
     known = _known(optimizer, set(bucket.parameters()))
     with no_autocast({device.type}):

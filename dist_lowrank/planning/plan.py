@@ -11,7 +11,7 @@ from dist_lowrank.config.schema import RunConfig
 from dist_lowrank.planning.estimate import StepEstimate, estimate_step
 from dist_lowrank.planning.parameters import PlannedParameter, planned_parameters
 from dist_lowrank.planning.shares import Bytes, Counts
-from dist_lowrank.planning.state import optimizer_bytes
+from dist_lowrank.planning.state import keeps_what_is_faster, optimizer_bytes
 from dist_lowrank.planning.trace import Held
 from dist_lowrank.planning.weights import start_bytes, strategy_buffers, weight_bytes
 from dist_lowrank.telemetry.causes import CAUSES, OF_STEP
@@ -91,6 +91,10 @@ class Planner:
             passes = self._with_buffers(estimate.passes_of(size))
             updates = [self._with_buffers(held) for held in (estimate.first, estimate.refresh)]
             notes = [*estimate.notes, f"an update between refreshes needs {estimate.between_bytes:,} bytes"]
+        if keeps_what_is_faster(config, parameters, self.world_size):
+            notes.append(
+                "dictionary: at most; where transform=auto finds gemm to be faster, it keeps no fast transform"
+            )
         at_peak = dict(passes.at_peak)
         there = at_peak.pop("gradients", 0) if config.strategy.zero_stage is None else int(gradients.max())
         return Plan(

@@ -14,7 +14,7 @@ from dist_lowrank.planning.plan import Planner
 from dist_lowrank.planning.report import ranks_name
 from dist_lowrank.tables import empty_table
 from dist_lowrank.telemetry import tags
-from dist_lowrank.telemetry.causes import RESIDUAL, is_cause
+from dist_lowrank.telemetry.causes import OF_STEP, RESIDUAL, is_cause
 
 TOTAL = "peak"  # of all causes together
 
@@ -52,7 +52,7 @@ def reconcile(run: str) -> Reconciled:
     plan = Planner(config, world_size).plan()
     planned = {cause: count.tolist() for cause, count in plan.by_cause().items()}
     planned[TOTAL] = plan.peak_bytes.tolist()
-    logged = (cause for rank in found.ranks for cause in rank.memory_bytes if is_cause(cause))
+    logged = (c for rank in found.ranks for c in rank.memory_bytes if is_cause(c) or c in OF_STEP)
     measured = {
         cause: [rank.memory_bytes.get(cause) for rank in found.ranks] for cause in dict.fromkeys((*planned, *logged))
     }

@@ -41,7 +41,7 @@ def optimizer_bytes(
 
     Args:
         step: decides whose turn it is where matrices take turns (`blocks`). None: the turn in which a rank holds the
-            most, of those that come in the run.
+            most, of those that come in the run; and the most of diagnostics, which some choices have and others not.
     """
     if isinstance(config.optimizer, AdamWConfig):
         return {"dense_moments": _of_torchs_adamw(config, parameters, world_size)}
@@ -84,11 +84,14 @@ def _tensor_bytes(spec: StateTensor, rows: Counts) -> Counts:
 def _diagnostics_bytes(recipe: Recipe, form: TallForm, parameter: Tensor, step: int | None) -> int:
     """What is kept of the last choice to be told: the energy that it captured, and the columns before it."""
     subspace = getattr(recipe, "subspace", None)
-    if isinstance(subspace, Svd | RandomizedSvd | SvdThenRandom) or isinstance(recipe, DionRecipe):
+    if isinstance(subspace, Svd | RandomizedSvd) or isinstance(recipe, DionRecipe):
         return torch.float64.itemsize
+    if isinstance(subspace, SvdThenRandom):  # random directions have nothing to tell
+        last = max(each for each in range(1, (step or 1) + 1) if recipe.refreshes(each))
+        return torch.float64.itemsize if last < subspace.switch_step else 0
     choices = 2 if step is None else sum(recipe.refreshes(each) for each in range(1, step + 1))
     if isinstance(subspace, PowerIteration | Grassmann):  # whose first choice is an SVD's
-        return torch.float64.itemsize if choices == 1 else 0
+        return torch.float64.itemsize if step is None or choices == 1 else 0
     if not isinstance(subspace, DictionaryColumns):
         return 0
     columns = form.rank * index_dtype(form.n).itemsize if choices > 1 else 0
@@ -142,14 +145,33 @@ def _dictionary_bytes(
         subspace = getattr(parameter.recipe, "subspace", None)
         if parameter.form is None or not isinstance(subspace, DictionaryColumns) or isinstance(subspace, SharedColumns):
             continue
-        transform = subspace.transform
-        if transform == "auto" and subspace.materialize and repeated(parameter):
-            transform = "gemm"
+        transform = _transform(subspace, parameter, repeated)
         dtype = arithmetic_dtype(parameter.tensor)
         key = (subspace.dictionary, parameter.form.n, dtype, subspace.seed, transform, subspace.materialize)
         if key not in sizes:
             sizes[key] = _one_dictionary(subspace, parameter.form.n, dtype, transform, device_type)
     return sum(sizes.values())
+
+
+def keeps_what_is_faster(config: RunConfig, parameters: Iterable[PlannedParameter], world_size: int) -> bool:
+    """Whether `transform=auto` measures in the run, so that the plan of dictionaries is an upper bound."""
+    repeated = _repeated(config, world_size)
+    subspaces = ((parameter, getattr(parameter.recipe, "subspace", None)) for parameter in parameters)
+    return any(
+        isinstance(subspace, DictionaryColumns)
+        and not isinstance(subspace, SharedColumns)
+        and subspace.materialize
+        and subspace.dictionary in FAST_TRANSFORMS
+        and _transform(subspace, parameter, repeated) == "auto"
+        for parameter, subspace in subspaces
+    )
+
+
+def _transform(
+    subspace: DictionaryColumns, parameter: PlannedParameter, repeated: Callable[[PlannedParameter], bool]
+) -> str:
+    must_not_measure = subspace.transform == "auto" and subspace.materialize and repeated(parameter)
+    return "gemm" if must_not_measure else subspace.transform
 
 
 def _one_dictionary(subspace: DictionaryColumns, n: int, dtype: torch.dtype, transform: str, device_type: str) -> int:

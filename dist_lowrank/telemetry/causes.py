@@ -14,7 +14,7 @@ OF_OPTIMIZER = (
 # From the tracker, at the steps that the configuration names: the most of each at any one moment of the step.
 OF_STEP = (
     *("buffers", "inputs", "activations", "temporaries", "gathered_parameters"),
-    *("refresh_workspace", "collective_buffers"),
+    *("refresh_workspace", "collective_buffers", "checkpoint_copy"),
 )
 RESIDUAL = "residual"  # what was measured at the peak of such a step, less all of the above at that moment
 # On a GPU, at each logged step: what torch's allocator has and does not use, and what others have of the device.

@@ -199,7 +199,8 @@ class Trainer:
         self.dashboard.log(step, values | {tags.memory_at_peak_bytes("total"): memory.total_bytes})
 
     def _held(self) -> dict[str, list[torch.Tensor]]:
-        return {**self.strategy.tensors(), **state_tensors(self.optimizer)}
+        of_checkpoints = {"checkpoint_copy": self.checkpoints.saver.copies}
+        return {**self.strategy.tensors(), **state_tensors(self.optimizer), **of_checkpoints}
 
     def _describe(self) -> None:
         """In TensorBoard's text tab."""

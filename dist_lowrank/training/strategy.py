@@ -52,7 +52,9 @@ class Strategy(Protocol):
         """Clips, updates unless it should be skipped, and forgets the gradient. Returns whether it updated."""
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        """Weights and gradients that this rank holds, by cause; gradients show between `backward` and `step`."""
+        """What this rank holds, by cause: weights, gradients (between `backward` and `step`), and lasting buckets that
+        no collective takes as they are.
+        """
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The model's state dict on the CPU; complete on rank 0."""
@@ -79,7 +81,7 @@ class Native:
         if config.strategy.low_rank_gradients:
             assert isinstance(self.model, DistributedDataParallel)
             assert isinstance(self.optimizer, LowRankOptimizer)
-            sum_coefficients(self.model, self.optimizer)
+            self._buckets = sum_coefficients(self.model, self.optimizer)
         self.gradient_norm = math.nan
 
     def forward(self) -> Any:
@@ -107,7 +109,10 @@ class Native:
         return not skip
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        return model_tensors(self.model)
+        found = model_tensors(self.model)
+        if self.config.strategy.low_rank_gradients:  # else the tracker sees that buckets are sent
+            found["collective_buffers"] = [*self._buckets]
+        return found
 
     def whole_weights(self) -> dict[str, Tensor]:
         module = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
