@@ -17,7 +17,7 @@ _PREFIXED = re.compile(
 # A port is no password (`https://host:8080/a@b`), nor is the tag of an image (`a:b@sha256:`).
 _IN_PLACE = re.compile(
     r"[a-z][a-z0-9+.-]*://[^/\s:@]*:(?!\d{1,5}/)[^\s@]+@(?!sha256:)"  # a URL's
-    r"|(^|[\s='\"])[^/\s:@='\"]+:(?!\d{1,5}/|//)[^\s@]+@(?!sha256:)([a-z][\w-]*|\d+\.\d+\.\d+\.\d+)[/:#.]"  # a registry's
+    r"|(^|[\s='\"])[^/\s:@='\"]+:(?!\d{1,5}/|//)[^\s@]+@(?!sha256:)([a-z][\w-]*|\d+\.\d+\.\d+\.\d+)[/:#.]"  # an image's
     r"|[?&;]([\w-]+[_-])?(token|(api|access)?_?key|password|passwd|secret|sig|signature|credential)=[^&\s]"
     r"|\bbearer\s+[^\s'\"]{6,}"
     r"|\bsshpass\b((?!\bssh\b).)*?[\s,'\"]-p"
