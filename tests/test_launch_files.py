@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from launch_jobs import CASES, golden_job, rendered
+from ruamel.yaml import YAML
 
 from dist_lowrank.config import ConfigError, compose, from_dict
 from dist_lowrank.config.compose import config_directory, group_options
@@ -119,6 +121,60 @@ def test_the_configuration_travels_with_the_manifest(tmp_path: Path, monkeypatch
     job = golden_job("kubernetes_job", tmp_path, monkeypatch)
     first = next(yaml.safe_load_all(rendered(job)["manifest.yaml"]))
     assert from_dict(json.loads(first["data"]["run.json"])["config"]) == job.config
+
+
+@pytest.mark.parametrize("case", ["compose", "kubernetes_job"])
+def test_values_of_variables_reach_containers_as_they_are(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = [
+        "$HOME",
+        "a$$b",
+        "$(HOME)",
+        "1e-3",
+        "1e3",
+        "0o17",
+        "0x1F",
+        "1_000",
+        "yes",
+        "y",
+        "null",
+        "~",
+        "12:30",
+        ".5",
+    ]
+    job = golden_job(case, tmp_path, monkeypatch)
+    variables = {f"V{number}": value for number, value in enumerate(values)}
+    job = dataclasses.replace(job, launcher=dataclasses.replace(job.launcher, environment=variables))
+    (file,) = (text for name, text in rendered(job).items() if name.endswith(".yaml"))
+    for version in ((1, 1), (1, 2)):
+        reader = YAML(typ="safe", pure=True)
+        reader.version = version
+        *_, last = reader.load_all(file)
+        if case == "compose":
+            found = last["services"]["node0"]["environment"]
+        else:
+            found = {each["name"]: each["value"] for each in _node(last)["env"]}
+        assert [found[name].replace("$$", "$") for name in variables] == values
+        assert [found[name].count("$") for name in variables] == [2 * value.count("$") for value in values]
+
+
+def _node(indexed_job: dict[str, Any]) -> dict[str, Any]:
+    (container,) = indexed_job["spec"]["template"]["spec"]["containers"]
+    return dict(container)
+
+
+def test_paths_with_dollars_are_what_compose_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = dataclasses.replace(golden_job("compose", tmp_path, monkeypatch), work_directory="/data/$me/a b")
+    (volume,) = yaml.safe_load(rendered(job)["compose.yaml"])["services"]["node0"]["volumes"]
+    assert volume == "/data/$$me/a b/runs:/runs"
+
+
+def test_the_directives_of_slurm_hold_percent_signs_and_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = dataclasses.replace(golden_job("slurm", tmp_path, monkeypatch), work_directory="/data/50%j of #1")
+    lines = rendered(job)["job.sbatch"].splitlines()
+    assert '#SBATCH --chdir="/data/50%j of #1"' in lines
+    assert f'#SBATCH --output="/data/50%%j of #1/{job.run}/slurm-%j.txt"' in lines
 
 
 def test_containers_are_confined(manifests: list[dict[str, Any]]) -> None:

@@ -60,6 +60,8 @@ def test_secrets_of_the_environment_are_in_no_file_and_no_message(
         f"launcher.environment={{ANYTHING: {CANARY}}}",
         f"data.dataset=https://me:{CANARY}@example.org/text",
         f"hf_token={CANARY} and: [more",
+        f"launcher.environment={{DB_PASS: x{CANARY[3:]}}}",
+        f"launcher.options=[--container-image=me:x{CANARY[3:]}@registry#x]",
     ],
 )
 def test_a_secret_on_the_command_line_is_refused_and_not_repeated(
@@ -84,6 +86,10 @@ REFUSED = {
         ["launch", "launcher=docker", "launcher.secret_environment=[NOT_SET_ANYWHERE]"],
         "launcher.secret_environment: NOT_SET_ANYWHERE is not set here; allowed: variables that are set",
     ),
+    "a line break in a directive": (
+        ["launch", "launcher=slurm", 'runs="r\ntouch x\n#"'],
+        "runs: 'r\\ntouch x\\n#' is not allowed with launcher=slurm; allowed: a path without quotes, '\\' and control",
+    ),
     "a file that pods do not have": (
         ["launch", "launcher=kubernetes", "launcher.kind=job"],
         "text.txt: is not allowed with launcher=kubernetes, pods do not have it; allowed: paths below /data",
@@ -107,6 +113,20 @@ def test_what_cannot_be_started_is_refused_before_anything_is_written(
     assert main([*arguments, *TEXT]) == ExitCode.CONFIGURATION
     assert message in capsys.readouterr().err
     assert not (folder / "runs").exists()
+
+
+def test_slurm_is_not_started_where_its_directives_cannot_name_the_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ('quo"te', "line\n#SBATCH --x", "back\\slash"):
+        (folder / name).mkdir()
+        monkeypatch.chdir(folder / name)
+        command = ["launch", "--render-only", "launcher=slurm", "launcher.device=cpu"]
+        assert main([*command, *TEXT, f"data.path='{folder}/text.txt'"]) == ExitCode.CONFIGURATION
+        told = capsys.readouterr().err
+        assert told.startswith("error: working directory: ")
+        assert "is not allowed with launcher=slurm; allowed: " in told
+        assert list((folder / name).iterdir()) == []
 
 
 def test_a_run_that_does_not_fit_its_accelerator_is_not_launched(

@@ -203,7 +203,7 @@ def test_a_second_process_does_not_run_the_same_sweep(
         (["optimizer=glob(*)"], "error: optimizer: glob(*) is not allowed in a sweep; allowed: a,b,c or choice(a,b,c)"),
         (["optimizer.lr=interval(0,1)"], "error: optimizer.lr: interval(0,1) is not allowed in a sweep; allowed: a,b"),
         (["seed=shuffle(0,1)"], "error: seed: shuffle(0,1) is not allowed in a sweep; allowed: a,b,c or "),
-        (["seed=0,1", "not an override"], "error: not an override: is not an override ("),
+        (["seed=0,1", "not an override"], "error: not an override: is not an override that"),
         (["seed=0,1", "--jobs", "many"], "error: --jobs: many is not allowed; allowed: an integer >= 1, or fit (here "),
         (["seed=0,1", "--assert", "1"], "error: --assert 1: 1 is no comparison; allowed: "),
     ],

@@ -7,7 +7,7 @@ exist is the schema's business alone, so Hydra is told to add what it does not k
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,19 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     with initialize_config_dir(str(directory), job_name="dist-lowrank", version_base="1.3"):
         try:
             composed = hydra_compose("config", _accepted_by_hydra(overrides, directory))
+            _refuse_resolvers(OmegaConf.to_container(composed, resolve=False))
             data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
             raise ConfigError(
-                f"{error.full_key}: {_first_line(error)}; allowed: ${{KEY}} of this configuration, ${{oc.env:VARIABLE}}"
+                f"{error.full_key}: {_first_line(error)}; allowed: ${{KEY}} of this configuration"
             ) from error
         except HydraException as error:
             if (match := re.match(r"Could not override '(\w+)/(\w+)'", str(error))) is not None:
                 raise ConfigError(_no_such_part(directory, *match.groups())) from error
-            raise ConfigError(f"{' '.join(overrides)}: {_first_line(error)}") from error
+            keys = " ".join(text.partition("=")[0] for text in overrides)
+            raise ConfigError(f"{keys}: {_first_line(error)}") from error
     assert isinstance(data, dict)
+    _refuse_credentials(data)
     _refuse_targets(data, "")
     # Sections that begin so are for YAML's own use: tables that its interpolations look up.
     config = from_dict({str(key): value for key, value in data.items() if not str(key).startswith("_")})
@@ -90,26 +93,35 @@ def _accepted_by_hydra(overrides: Sequence[str], directory: Path) -> list[str]:
     return accepted
 
 
-def _parse(text: str) -> Override:
+def refuse_credential(text: str) -> None:
+    """Refuses an override that likely holds a credential, whether it can be parsed or not.
+
+    Raises:
+        ConfigError: naming the key and not the value.
+    """
     name, _, value = text.partition("=")
     key = name.lstrip("+~").partition("@")[0]
-    if is_credential(key.split(".")[-1], value.strip("'\"")):  # first of all, so that no message repeats it
-        raise ConfigError(
-            f"{key}: credentials are not allowed on the command line, where they would be saved with the run; "
-            "allowed: the environment variable of the service, such as HF_TOKEN"
-        )
+    if is_credential("", name):
+        raise _credential("an override")
+    if is_credential(key.split(".")[-1], value.strip("'\"")):
+        raise _credential(key)
+
+
+def _parse(text: str) -> Override:
+    refuse_credential(text)  # first of all, so that no message repeats it
+    name = text.partition("=")[0]
     try:
         override = OverridesParser.create().parse_override(text)
-    except (OverrideParseException, HydraException) as error:
+    except (OverrideParseException, HydraException):
         raise ConfigError(
-            f"{text}: is not an override ({_first_line(error)}); allowed: key=value, +key=value, ~key or group=option "
+            f"{name}: is not an override that can be read; allowed: key=value, +key=value, ~key or group=option "
             "(quote a value with spaces or special characters: 'key=\"a value\"')"
-        ) from error
+        ) from None  # the parser's message would repeat the value
     key = override.key_or_group
     if re.split(r"[./]", key)[0] == "hydra":
         raise ConfigError(f"{key}: Hydra's own settings are not allowed; allowed: `runs` and `name` for the run folder")
     if override.package is not None:
-        raise ConfigError(f"{text}: packages are not allowed; allowed: {key}=option")
+        raise ConfigError(f"{name}: packages are not allowed; allowed: {key}=option")
     if override.is_sweep_override():
         raise ConfigError(f"{key}: the sweep {text.partition('=')[2]} is not allowed; allowed: one value per run")
     return override
@@ -135,6 +147,45 @@ def _as_addition(override: Override) -> str:
     plain = override.type in (OverrideType.CHANGE, OverrideType.ADD)
     text = str(override.input_line)
     return "++" + text.lstrip("+") if plain else text
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """The values of nested sections as text, by dotted key; those of a list one by one, and as one text."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _leaves(value, path)
+        yield path, " ".join(map(str, node))
+    elif node is not None and not isinstance(node, bool):
+        yield path, str(node)
+
+
+def _refuse_resolvers(data: Any) -> None:
+    """Only keys of the configuration may be interpolated: what functions such as `oc.env` read may be a secret."""
+    for key, text in _leaves(data):
+        rest, found = text, 1
+        while found:  # from the inside out, as `${_by_model.${model.name}.rank}`
+            rest, found = re.subn(r"\$\{[^${}:]*\}", "KEY", rest)
+        if "${" in rest:
+            raise ConfigError(
+                f"{key}: {text} is not allowed; allowed: ${{KEY}} of this configuration (what comes from the "
+                "environment would be written into files; launcher.secret_environment passes variables on by name)"
+            )
+
+
+def _refuse_credentials(data: Any) -> None:
+    for key, text in _leaves(data):
+        if is_credential(key.rpartition(".")[2], text):
+            raise _credential(key)
+
+
+def _credential(key: str) -> ConfigError:
+    return ConfigError(
+        f"{key}: credentials are not allowed, they would be saved with the run; allowed: the environment variable of "
+        "the service, such as HF_TOKEN (launcher.secret_environment passes it on by name)"
+    )
 
 
 def _refuse_targets(node: Any, path: str) -> None:

@@ -23,7 +23,7 @@ def render(job: Job[ComposeLauncher]) -> dict[str, str]:
         f"# {job.run.rpartition('/')[2]}: each container is a node on a network of their own; no port is published.\n"
         "# `up` again continues the run after exit code 75, 1 or 76 (docs/faults.md).\n"
     )
-    services = {f"node{rank}": _service(job, rank) for rank in range(job.launcher.nodes)}
+    services = {f"node{rank}": _without_variables(_service(job, rank)) for rank in range(job.launcher.nodes)}
     return {"compose.yaml": about + dump({"services": services})}
 
 
@@ -62,6 +62,15 @@ def _service(job: Job[ComposeLauncher], rank: int) -> dict[str, Any]:
         device = {"driver": "nvidia", "device_ids": gpus, "capabilities": ["gpu"]}
         service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
     return service
+
+
+def _without_variables(node: Any) -> Any:
+    """As it is, for compose, which would put variables of the caller where `$` is, in every text of the file."""
+    if isinstance(node, dict):
+        return {key: _without_variables(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without_variables(value) for value in node]
+    return node.replace("$", "$$") if isinstance(node, str) else node
 
 
 def _rendezvous(job: Job[ComposeLauncher], rank: int) -> list[str]:

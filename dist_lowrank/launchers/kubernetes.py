@@ -153,7 +153,8 @@ def _pod(job: Job[KubernetesLauncher], rendezvous: list[str]) -> dict[str, Any]:
 def _node_container(job: Job[KubernetesLauncher], rendezvous: list[str]) -> dict[str, Any]:
     launcher = job.launcher
     variables: list[dict[str, Any]] = [
-        {"name": name, "value": value} for name, value in container_environment(job).items()
+        {"name": name, "value": value.replace("$", "$$")}  # Kubernetes would expand `$(NAME)`
+        for name, value in container_environment(job).items()
     ]
     variables += [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": launcher.secret_name, "key": name}}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import yaml
@@ -28,8 +29,13 @@ class _PlainDumper(yaml.SafeDumper):  # type: ignore[misc]
         super().increase_indent(flow, False)
 
 
+# Texts that PyYAML would leave plain, but readers of YAML 1.2 (`1e3`, `0o17`) or of old YAML (`y`) take for others.
+_AMBIGUOUS = re.compile(r"[-+]?(0[ox][0-9a-fA-F]+|[0-9.][0-9_.:]*([eE][-+]?[0-9]+)?)|[yYnN]")
+
+
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    style = "|" if "\n" in text else "'" if _AMBIGUOUS.fullmatch(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _PlainDumper.add_representer(str, _text)

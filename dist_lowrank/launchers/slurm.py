@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 from string import Template
 
+from dist_lowrank.config import ConfigError, RunConfig
 from dist_lowrank.config.launchers import SlurmLauncher
 from dist_lowrank.launchers.job import ONE_NODE, Job, joined, node_script, rendezvous_options
 
@@ -17,34 +20,70 @@ $directives
 
 set -uo pipefail
 
+# srun passes these on to all nodes; each torchrun tells its ranks, which save after the step. One that comes before
+# srun is there is noted.
+step='' signal='' early=''
+trap 'signal=USR1; if [ -n "$$step" ]; then kill -USR1 "$$step"; else early=USR1; fi' USR1
+trap 'signal=TERM; if [ -n "$$step" ]; then kill -TERM "$$step"; else early=TERM; fi' TERM
+
 first=$$(scontrol show hostnames "$$SLURM_JOB_NODELIST" | head -n 1)
 # The address, because names of nodes need not resolve.
 MASTER_ADDR=$$(scontrol show node "$$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
 MASTER_PORT=$$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT
 
-# srun passes these on to all nodes; each torchrun tells its ranks, which save after the step.
-trap 'kill -USR1 "$$step"' USR1
-trap 'kill -TERM "$$step"' TERM
-srun $options \\
-    bash $script &
-step=$$!
+code=75
+if [ -z "$$early" ]; then
+    srun $options \\
+        bash $script &
+    step=$$!
+    [ -z "$$early" ] || kill -"$$early" "$$step"
 
-# A signal ends `wait`, but not the step.
-while :; do
-    wait "$$step"
-    code=$$?
-    kill -0 "$$step" 2>/dev/null || break
-done
+    # A signal ends `wait`, but not the step.
+    while :; do
+        wait "$$step"
+        code=$$?
+        kill -0 "$$step" 2>/dev/null || break
+    done
+fi
 echo "$run ended with exit code $$code (docs/faults.md)"
 
-# After scancel the run was stopped too, but the job is no longer one that runs.
-state=$$(squeue --noheader --jobs "$$SLURM_JOB_ID" --format %T)
-if [ "$$code" -eq 75 ] && [ "$$state" = RUNNING ] && [ "$${SLURM_RESTART_COUNT:-0}" -lt $max_requeues ]; then
-    scontrol requeue "$$SLURM_JOB_ID"
+# After scancel the run was stopped too, but the job is no longer one that runs. Where Slurm does not answer, the signal
+# tells: scancel sends SIGTERM.
+if [ "$$code" -eq 75 ] && [ "$${SLURM_RESTART_COUNT:-0}" -lt $max_requeues ]; then
+    state=''
+    for _ in 1 2 3 4 5; do
+        state=$$(squeue --noheader --jobs "$$SLURM_JOB_ID" --format %T) && [ -n "$$state" ] && break
+        sleep 5
+    done
+    if [ -z "$$state" ] && [ "$$signal" != TERM ]; then
+        state=RUNNING
+    fi
+    if [ "$$state" = RUNNING ]; then
+        scontrol requeue "$$SLURM_JOB_ID"
+    fi
 fi
 exit "$$code"
 """)
+
+
+def check_paths(config: RunConfig) -> None:
+    """Refuses folders that a line of directives cannot hold.
+
+    Raises:
+        ConfigError: naming the folder and what is allowed.
+    """
+    launcher = config.launcher
+    assert isinstance(launcher, SlurmLauncher)
+    folders = {"runs": config.runs}
+    if launcher.work_directory is None:
+        folders["working directory"] = os.getcwd()
+    for key, path in folders.items():
+        if re.search(r"[\x00-\x1f\x7f'\"\\]", path):
+            raise ConfigError(
+                f"{key}: {path!r} is not allowed with launcher={launcher.name}; allowed: a path without quotes, '\\' "
+                "and control characters"
+            )
 
 
 def render(job: Job[SlurmLauncher]) -> dict[str, str]:
@@ -54,7 +93,7 @@ def render(job: Job[SlurmLauncher]) -> dict[str, str]:
     batch = _BATCH.substitute(
         run=run,
         directives="\n".join(f"#SBATCH {option}" for option in _directives(job)),
-        options=" \\\n    ".join(_srun_options(job)),
+        options=" \\\n        ".join(_srun_options(job)),
         script=shlex.quote(joined(job.work_directory, f"{job.folder}/node.sh")),
         max_requeues=launcher.max_requeues,
     )
@@ -88,7 +127,7 @@ def _directives(job: Job[SlurmLauncher]) -> list[str]:
         "signal": f"B:USR1@{launcher.signal_seconds}",
         "open-mode": "append",
         "chdir": _quoted(job.work_directory),
-        "output": _quoted(joined(job.work_directory, f"{job.run}/slurm-%j.txt")),
+        "output": _quoted(f"{joined(job.work_directory, job.run).replace('%', '%%')}/slurm-%j.txt"),
         "export": ",".join((*launcher.inherited_environment, *launcher.secret_environment)),
     }
     lines = [f"--{option}={value}" for option, value in given.items() if value is not None]
@@ -117,7 +156,7 @@ def _cpus(launcher: SlurmLauncher) -> int:
 
 
 def _quoted(path: str) -> str:
-    return f'"{path}"' if " " in path else path
+    return path if re.fullmatch(r"[\w./%:+=@,-]+", path) else f'"{path}"'
 
 
 def _rendezvous(job: Job[SlurmLauncher]) -> list[str]:

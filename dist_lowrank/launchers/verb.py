@@ -90,6 +90,10 @@ def _check_startable(config: RunConfig, render_only: bool) -> None:
         return
     if config.launcher.name == "kubernetes":
         _check_paths_in_pods(config)
+    if config.launcher.name in ("slurm", "slurm_pyxis"):
+        from dist_lowrank.launchers.slurm import check_paths
+
+        check_paths(config)
     missing = [name for name in config.launcher.secret_environment if not os.environ.get(name)]
     if missing and not render_only:
         raise ConfigError(

@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from dist_lowrank.config import ConfigError, RunConfig, to_dict
+from dist_lowrank.config.compose import refuse_credential
 from dist_lowrank.config.run_folder import RunFolder, open_run
 
 _EXAMPLE = "such as optimizer=adamw,galore or seed=0,1,2"
@@ -91,6 +92,7 @@ def make_sweep(overrides: Sequence[str], check: Callable[[Sequence[str]], RunCon
 
 def _choices(text: str) -> list[str]:
     """The overrides that one override stands for."""
+    refuse_credential(text)  # the names of points hold values
     key, _, values = text.partition("=")
     try:
         override = OverridesParser.create().parse_override(text)
