@@ -62,6 +62,22 @@ def test_the_largest_micro_batch_and_rank_fit_and_larger_ones_do_not() -> None:
     assert largest_rank(planner, 1000) == largest_micro_batch(planner, 1000) == 0
 
 
+def test_the_largest_micro_batch_is_told_as_a_plan_of_it_is() -> None:
+    """From a micro-batch at whose peak there are gradients, to one at whose peak there are activations."""
+    overrides = [*TINY, "train.micro_batch_size=1"]
+    planner = Planner(compose([*overrides, "train.global_batch_size=16"]), 2)
+    allowed_bytes = 50 * int(planner.plan().peak_bytes.max())
+    largest = largest_micro_batch(planner, allowed_bytes)
+    assert largest is not None
+    assert largest > 50
+    config = compose([*TINY, f"train.micro_batch_size={largest}", f"train.global_batch_size={2 * largest}"])
+    told = Planner(config, 2)
+    assert int(told.plan().peak_bytes.max()) <= allowed_bytes
+    assert int(told.plan(largest + largest // 50).peak_bytes.max()) > allowed_bytes
+    accumulating = int(planner.plan(7).forward_backward_bytes.max())  # of 8: in two passes, which need more than one
+    assert largest_micro_batch(planner, accumulating) in (7, 8)
+
+
 def test_a_plan_that_does_not_fit_ends_with_code_5(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *TINY, "--world-size", "2", "--device", "300KiB"]) == 5
     assert "does not fit: 0.00 GiB on rank 0, " in capsys.readouterr().out
