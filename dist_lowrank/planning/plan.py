@@ -33,6 +33,7 @@ class Plan:
     update_bytes: Counts  # in all, at the peak of the optimizer's step
     start_bytes: int  # in all, when the model is made and spread over the ranks
     micro_batch_size: int
+    is_traced: bool  # else what passes and updates hold is missing from peaks
     notes: Sequence[str] = field(default_factory=tuple)
 
     @property
@@ -91,12 +92,17 @@ class Planner:
         )
         gradients, size = self.weights["gradients"], micro_batch_size or self.config.train.micro_batch_size
         passes = Held(self.buffers, self.buffers)
-        updates, notes = [passes], ["nothing estimated"]
+        updates, notes = [passes], list[str]()
         if (estimate := self.estimate) is not None:
             size = micro_batch_size or estimate.micro_batch_size
             passes = self._with_buffers(self._passes_of(size, estimate))
             updates = [self._with_buffers(held) for held in (estimate.first, estimate.refresh)]
-            notes = [*estimate.notes, f"an update between refreshes needs {estimate.between_bytes:,} bytes"]
+            notes = list(estimate.notes)
+            if 0 < estimate.between_bytes < sum(estimate.refresh.at_peak.values()):
+                notes.append(
+                    f"an update between refreshes needs {estimate.between_bytes:,} bytes, "
+                    f"a refresh {round(sum(estimate.refresh.at_peak.values())):,}; with collective_buffers"
+                )
         at_peak = dict(passes.at_peak)
         there = at_peak.pop("gradients", 0) if self.config.strategy.zero_stage is None else int(gradients.max())
         return Plan(
@@ -107,6 +113,7 @@ class Planner:
             lasting + gradients + round(max(sum(held.at_peak.values()) for held in updates)),
             self.start_bytes,
             size,
+            self.estimate is not None,
             notes,
         )
 
