@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,18 +20,24 @@ from small_runs import TINY, folder_of, overrides_for, run_loop, write_text
 
 from dist_lowrank.cli import main
 from dist_lowrank.config import RunConfig, compose
+from dist_lowrank.planning import verb
 from dist_lowrank.planning.devices import capacity_bytes
 from dist_lowrank.planning.estimate import estimate_step
 from dist_lowrank.planning.fit import largest_micro_batch, largest_rank
 from dist_lowrank.planning.parameters import planned_parameters
 from dist_lowrank.planning.plan import Planner
 from dist_lowrank.planning.reconcile import TOTAL, reconcile
+from dist_lowrank.planning.report import columns
 from dist_lowrank.planning.trace import trace, with_blocks
 from dist_lowrank.planning.traffic import strategy_traffic
 from dist_lowrank.training.evaluate import next_token_loss
 from dist_lowrank.training.model import build_model
 from dist_lowrank.training.strategy import make_strategy
 
+OF_COEFFICIENTS = [
+    ["optimizer=galore", "optimizer.refresh_interval=2"],
+    ["optimizer=dct_adamw", "optimizer.selection=previous"],
+]
 OF_STEP = ("activations", "temporaries")
 
 
@@ -68,6 +80,22 @@ def test_the_largest_micro_batch_and_rank_fit_and_larger_ones_do_not() -> None:
     assert largest_rank(planner, 1000) == largest_micro_batch(planner, 1000) == 0
 
 
+def test_the_largest_micro_batch_is_told_as_a_plan_of_it_is() -> None:
+    """From a micro-batch at whose peak there are gradients, to one at whose peak there are activations."""
+    overrides = [*TINY, "train.micro_batch_size=1"]
+    planner = Planner(compose([*overrides, "train.global_batch_size=16"]), 2)
+    allowed_bytes = 50 * int(planner.plan().peak_bytes.max())
+    largest = largest_micro_batch(planner, allowed_bytes)
+    assert largest is not None
+    assert largest > 50
+    config = compose([*TINY, f"train.micro_batch_size={largest}", f"train.global_batch_size={2 * largest}"])
+    told = Planner(config, 2)
+    assert int(told.plan().peak_bytes.max()) <= allowed_bytes
+    assert int(told.plan(largest + largest // 50).peak_bytes.max()) > allowed_bytes
+    accumulating = int(planner.plan(7).forward_backward_bytes.max())  # of 8: in two passes, which need more than one
+    assert largest_micro_batch(planner, accumulating) in (7, 8)
+
+
 def test_a_plan_that_does_not_fit_ends_with_code_5(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *TINY, "--world-size", "2", "--device", "300KiB"]) == 5
     assert "does not fit: 0.00 GiB on rank 0, " in capsys.readouterr().out
@@ -81,7 +109,10 @@ def test_a_plan_that_does_not_fit_ends_with_code_5(capsys: pytest.CaptureFixture
         (["--world-size", "0"], "error: --world-size: 0 is not allowed; allowed: an integer >= 1"),
         (["--world-size", "4", "--nodes", "3"], "error: --nodes: 3 is not allowed with 4 ranks; "),
         (["--world-size", "3"], "error: train.global_batch_size: 8 is not allowed with 3 processes; "),
-        (["--reconcile", "no/such/run"], "error: no/such/run: "),
+        (["--world-size", "abc"], "error: --world-size: abc is not allowed; allowed: an integer >= 1"),
+        (["--margin", "10%"], "error: --margin: 10% is not allowed; allowed: a share "),
+        (["--device", "-8GiB"], "error: --device: -8GiB is not allowed; "),
+        (["--device", "8GiB", "--no-trace"], "error: --device: 8GiB is not allowed with --no-trace"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(
@@ -89,6 +120,61 @@ def test_what_cannot_be_planned_is_refused(
 ) -> None:
     assert main(["plan", *TINY, *arguments]) == 2
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_the_option_that_says_how_many_ranks_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *TINY, "--world-size", "3"]) == 2
+    assert capsys.readouterr().err.endswith("or another --world-size\n")
+
+
+def test_reconciling_takes_no_other_options_and_refuses_what_is_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--reconcile", "no/such/run", "optimizer=adamw", "--world-size", "2", "--device", "a40"]) == 2
+    ignored = "error: --world-size --device optimizer=adamw: is not allowed with --reconcile"
+    assert capsys.readouterr().err.startswith(ignored)
+    program = (
+        "import sys; from dist_lowrank.cli import main; code = main(['plan', '--reconcile', 'no/such/run']);"
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: no/such/run: ")
+
+
+def test_without_a_trace_no_peak_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *TINY, "--world-size", "1", "--no-trace", "optimizer=adamw"]) == 0
+    told = capsys.readouterr().out
+    assert ": 1 rank, " in told
+    assert "parameters" in told
+    assert "not traced: " in told
+    assert not re.search(r"^peak|~|nothing estimated|between refreshes", told, re.MULTILINE)
+
+
+def test_equal_ranks_are_one_column() -> None:
+    """Also of more ranks than are told one by one."""
+    plan = Planner(compose([*TINY, "train.global_batch_size=32", "strategy=ddp", "optimizer=adamw"]), 32, traced=False)
+    assert [heading for heading, _ in columns(plan.plan())] == ["ranks 0-31"]
+
+
+def test_a_reader_that_has_gone_ends_what_prints_without_a_traceback() -> None:
+    program = "from dist_lowrank.planning import verb\nwith verb._ending_with_its_reader(): print('line')"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == -signal.SIGPIPE
+
+
+def test_the_examples_of_the_help_are_allowed() -> None:
+    examples = re.findall(r"dist-lowrank plan (model=.*)", verb._EPILOG)
+    assert len(examples) == 2
+    for example in examples:
+        parser = argparse.ArgumentParser()
+        verb.add_plan(parser.add_subparsers())
+        options = parser.parse_args(["plan", *example.split()])
+        config, world_size, _ = verb._resolve(compose(options.overrides), options)
+        assert planned_parameters(config)
+        assert world_size in (8, 16)
 
 
 def test_devices_have_their_published_memory() -> None:
@@ -136,6 +222,31 @@ def test_planned_traffic_of_a_strategy_is_what_it_sends(strategy: str, processes
     config = compose([*TINY, f"strategy={strategy}", *shard_size, batch, "precision=bf16"])
     planned = strategy_traffic(config, planned_parameters(config), processes)
     assert run_on_ranks(processes, _sent, config)[0] == sum(row.bytes for row in planned)
+
+
+def _coefficients_sent(rank: int, config: RunConfig) -> list[int]:
+    """Of gradients, in steps 2 to 5; beside, DDP broadcasts the model's buffers."""
+    strategy: Any = make_strategy(config, build_model(config), torch.device("cpu"))
+    tokens, sent = torch.randint(1, 300, (2, 16)), []
+    for step in range(1, 6):
+        with CountCollectives() as counter:
+            strategy.backward(next_token_loss(strategy.model, tokens), last=True)
+        if step > 1:
+            calls = zip(counter.calls, counter.sent_bytes, strict=True)
+            sent.append(sum(size_bytes for (name, _), size_bytes in calls if name == "allreduce_"))
+        strategy.prepare()
+        strategy.step(skip=False)
+    return sent
+
+
+@pytest.mark.parametrize("optimizer", OF_COEFFICIENTS)
+def test_planned_gradients_are_coefficients_where_these_are_summed(optimizer: list[str]) -> None:
+    overrides = [*optimizer, "optimizer.rank=3", "precision=fp32"]
+    config = compose([*TINY, "strategy=ddp", "strategy.low_rank_gradients=true", *overrides])
+    planned = [row.bytes for row in strategy_traffic(config, planned_parameters(config), 2)]
+    sent = run_on_ranks(2, _coefficients_sent, config)[0]
+    assert set(sent) == set(planned)
+    assert len(planned) == (2 if "optimizer.refresh_interval=2" in optimizer else 1)
 
 
 def test_a_run_holds_what_was_planned(tmp_path: Path) -> None:

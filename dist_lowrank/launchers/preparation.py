@@ -164,8 +164,11 @@ def check_world(config: RunConfig, world_size: int) -> None:
         deepspeed_json(config, world_size)  # for its checks
 
 
-def check_sizes(config: RunConfig, world_size: int) -> None:
+def check_sizes(config: RunConfig, world_size: int, given_by: str = "launcher.nproc_per_node") -> None:
     """Refuses sizes that do not fit the number of processes.
+
+    Args:
+        given_by: the key or option that says how many they are.
 
     Raises:
         ConfigError: naming the key, its value and values near it that would do.
@@ -176,7 +179,7 @@ def check_sizes(config: RunConfig, world_size: int) -> None:
         nearby = f"{below} or {below + world_size}" if below else f"{world_size}"
         raise ConfigError(
             f"train.global_batch_size: {batch} is not allowed with {world_size} processes; "
-            f"allowed: a multiple of {world_size}, such as {nearby}, or another launcher.nproc_per_node"
+            f"allowed: a multiple of {world_size}, such as {nearby}, or another {given_by}"
         )
     if shard is not None and world_size % shard:
         divisors = [str(size) for size in range(1, world_size + 1) if world_size % size == 0]

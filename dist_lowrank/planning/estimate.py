@@ -1,7 +1,7 @@
-"""The trace of a step, carried over to all blocks of the model and to other micro-batches.
+"""The trace of a step, carried over to all blocks of the model.
 
-What a step holds is linear in the number of blocks, which are alike, and in the micro-batch. So models of three and
-of four blocks are traced, with one micro-batch and with a double one, unless the whole model has hardly more.
+What a step holds is linear in the number of blocks, which are alike. So models of three and of four blocks are traced,
+unless the whole model has hardly more. In the micro-batch it is not linear: the peak moves from one moment to another.
 """
 
 from __future__ import annotations
@@ -26,63 +26,66 @@ class StepEstimate:
 
     micro_batch_size: int
     passes: Held  # forward and backward
-    per_sample: Held  # what one more sample adds to them
     first: Held  # the first update
     refresh: Held  # a later one that refreshes
     between_bytes: int  # at the peak of one that does not
     traffic: Sequence[TrafficRow]
     notes: Sequence[str]  # how it was obtained
 
-    def passes_of(self, micro_batch_size: int) -> Held:
-        """Forward and backward with another micro-batch."""
-        more = micro_batch_size - self.micro_batch_size
-        return Held(
-            _plus(self.passes.at_peak, self.per_sample.at_peak, more),
-            _plus(self.passes.most, self.per_sample.most, more),
-        )
-
 
 def estimate_step(config: RunConfig, world_size: int) -> StepEstimate:
     """Traces the step of a run; takes seconds."""
-    size = min(config.train.micro_batch_size, config.train.global_batch_size // world_size)
-    blocks = depth(config)
-    if config.model.attention == "flash_attention_2":  # which keeps what torch's own kernels keep
-        config = replace(config, model=replace(config.model, attention="sdpa"))
-    if blocks is None or blocks <= WHOLE_BLOCKS:
-        fewer = more = _traced(config, world_size, None, size)
-        extra, notes = 0, ["activations: traced on the whole model"]
-    else:
-        fewer, more = (_traced(config, world_size, count, size) for count in TRACED_BLOCKS)
-        extra = blocks - TRACED_BLOCKS[1]
+    size, fewer, more, extra = _traces(config, world_size, with_updates=True)
+    notes = ["activations: traced on the whole model"]
+    if extra:
+        blocks = TRACED_BLOCKS[1] + extra
         notes = [f"activations: traced on {TRACED_BLOCKS[0]} and {TRACED_BLOCKS[1]} blocks, carried over to {blocks}"]
     if (shards_of(config, world_size) or 0) > TRACED_SHARDS:
         notes.append(f"gathered_parameters and buffers: traced on {TRACED_SHARDS} ranks, with the padding of all")
     if config.model.compile:
         notes.append("activations: as without model.compile, which usually needs less")
-    one, double = (_further(fewer.passes[count], more.passes[count], extra) for count in (size, 2 * size))
-    grown = [
-        {cause: (twice[cause] - held) / size for cause, held in once.items()}
-        for once, twice in ((one.at_peak, double.at_peak), (one.most, double.most))
-    ]
     updates, note = _updates(fewer, more, extra)
     between_bytes = round(sum(updates.between.at_peak.values()))
-    traffic = _traffic(fewer.traffic, more.traffic, extra)
-    return StepEstimate(size, one, Held(*grown), updates.first, updates.refresh, between_bytes, traffic, [*notes, note])
+    return StepEstimate(
+        size,
+        _further(fewer.passes[size], more.passes[size], extra),
+        updates.first,
+        updates.refresh,
+        between_bytes,
+        _traffic(fewer.traffic, more.traffic, extra),
+        [*notes, note],
+    )
 
 
-def _traced(config: RunConfig, world_size: int, block_count: int | None, size: int) -> Trace:
-    """With micro-batches of two sizes. FSDP2 cuts what it gathers in a piece per rank, so that of thousands of ranks
-    the passes are followed on fewer.
-    """
-    sizes = (size, 2 * size)
+def estimate_passes(config: RunConfig, world_size: int) -> Held:
+    """Traces forward and backward alone."""
+    size, fewer, more, extra = _traces(config, world_size, with_updates=False)
+    return _further(fewer.passes[size], more.passes[size], extra)
+
+
+def _traces(config: RunConfig, world_size: int, *, with_updates: bool) -> tuple[int, Trace, Trace, int]:
+    """The micro-batch, traces of the model cut short, or twice of the whole one, and how many blocks are missing."""
+    size = min(config.train.micro_batch_size, config.train.global_batch_size // world_size)
+    blocks = depth(config)
+    if config.model.attention == "flash_attention_2":  # which keeps what torch's own kernels keep
+        config = replace(config, model=replace(config.model, attention="sdpa"))
+    if blocks is None or blocks <= WHOLE_BLOCKS:
+        whole = _traced(config, world_size, None, size, with_updates)
+        return size, whole, whole, 0
+    fewer, more = (_traced(config, world_size, count, size, with_updates) for count in TRACED_BLOCKS)
+    return size, fewer, more, blocks - TRACED_BLOCKS[1]
+
+
+def _traced(config: RunConfig, world_size: int, block_count: int | None, size: int, with_updates: bool) -> Trace:
+    """FSDP2 cuts what it gathers in a piece per rank: of thousands of ranks, the passes are followed on fewer."""
     if (shards_of(config, world_size) or 0) <= TRACED_SHARDS:
-        return trace(config, world_size, block_count, sizes)
+        return trace(config, world_size, block_count, (size,), with_updates=with_updates)
     whole = with_blocks(config, block_count) if block_count is not None else config
     strategy = replace(config.strategy, name="fsdp", shard_size=None)
     batch = config.train.global_batch_size // world_size * TRACED_SHARDS
     near = replace(whole, strategy=strategy, train=replace(config.train, global_batch_size=batch))
     of_layouts = trace(config, world_size, block_count, ())
-    passes = trace(near, TRACED_SHARDS, None, sizes, with_updates=False).passes
+    passes = trace(near, TRACED_SHARDS, None, (size,), with_updates=False).passes
     shard, near_shard = _stored(whole, world_size), _stored(near, TRACED_SHARDS)
     gathered = shard * (shards_of(config, world_size) or 1) / (near_shard * TRACED_SHARDS)
     factors = {"gradients": shard / near_shard, "gathered_parameters": gathered, "collective_buffers": gathered}
@@ -110,10 +113,6 @@ def _further(fewer: Held, more: Held, extra: int) -> Held:
             for before, after in ((fewer.at_peak, more.at_peak), (fewer.most, more.most))
         )
     )
-
-
-def _plus(held: Bytes, per_sample: Bytes, more: int) -> dict[str, float]:
-    return {cause: max(0, count + more * per_sample[cause]) for cause, count in held.items()}
 
 
 def _traffic(fewer: Sequence[TrafficRow], more: Sequence[TrafficRow], extra: int) -> list[TrafficRow]:

@@ -45,7 +45,9 @@ class Report:
 
 
 def rows(plan: Plan) -> Bytes:
-    """Bytes by cause and rank, then the sums at the two peaks, and the higher of both."""
+    """Bytes by cause and rank, then the sums at the peaks of the three moments, and the highest."""
+    if not plan.is_traced:
+        return plan.by_cause()
     start = numpy.full(plan.world_size, plan.start_bytes, dtype=numpy.int64)
     totals = zip(_MOMENTS, (start, plan.forward_backward_bytes, plan.update_bytes, plan.peak_bytes), strict=True)
     return {**plan.by_cause(), **dict(totals)}
@@ -54,6 +56,9 @@ def rows(plan: Plan) -> Bytes:
 def columns(plan: Plan) -> Sequence[tuple[str, Mapping[str, int]]]:
     """Headings and numbers: ranks that hold the same are one column; of many ranks the least, median, most, worst."""
     table = rows(plan)
+    kinds = kinds_of_ranks(plan)
+    if len(kinds) == 1:
+        return [(ranks_name(0, plan.world_size - 1), kinds[0]["bytes"])]
     if plan.world_size <= EACH_RANK:
         by_rank = [tuple(int(table[name][rank]) for name in table) for rank in range(plan.world_size)]
         found = []
@@ -105,9 +110,10 @@ def as_json(report: Report) -> dict[str, Any]:
 def print_report(report: Report) -> None:
     """To the console."""
     plan, config = report.plan, report.config
+    ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
     print(
         f"plan       {config.model.name}, {config.optimizer.name}, {config.strategy.name}, {config.precision.name}: "
-        f"{plan.world_size} ranks, micro-batch of {plan.micro_batch_size} x {config.data.sequence_length} tokens\n"
+        f"{ranks}, micro-batch of {plan.micro_batch_size} x {config.data.sequence_length} tokens\n"
     )
     console, table = empty_table()
     table.add_column("bytes", no_wrap=True)
@@ -118,9 +124,14 @@ def print_report(report: Report) -> None:
         mark = " ~" if name in plan.step else ""
         table.add_row(name + mark, *(f"{numbers[name]:,}" for _, numbers in found), end_section=False)
     console.print(table)
-    if plan.world_size > EACH_RANK:
+    if plan.world_size > EACH_RANK and len(found) > 1:
         print(_told_kinds(plan))
-    print("~ estimated: the most of each cause at any moment, and the sums at the peaks; all others to the byte")
+    if plan.is_traced:
+        print("~ estimated: the most of each cause at any moment, and the sums at the peaks; all others to the byte")
+    else:
+        print("not traced: what lives within a step alone, such as activations, is missing, and so are peaks")
+        if any(plan.step.values()):
+            print("~ estimated; all others to the byte")
     for note in plan.notes:
         print(f"  {note}")
     _print_traffic(report)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +19,11 @@ if TYPE_CHECKING:
     from dist_lowrank.planning.plan import Planner
     from dist_lowrank.planning.report import Verdict
 
+DEFAULT_MARGIN = 0.1
 _EPILOG = """\
 examples:
   dist-lowrank plan model=llama_7b precision=bf16 --world-size 8 --device h100
-  dist-lowrank plan experiment=c4_galore strategy=zero2 --world-size 16 --nodes 2 --device 24GiB --margin 0.05
+  dist-lowrank plan model=llama_1b optimizer=galore strategy=zero2 precision=bf16 --world-size 16 --device 24GiB
   dist-lowrank plan --reconcile runs/llama_tiny-dct_adamw-3f0c62b1a9de
 
 exit codes: 0 it fits, or nobody asked whether; 1 failed; 2 refused; 5 it does not fit the device
@@ -35,12 +41,13 @@ def add_plan(verbs: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of `train`, such as model=llama_7b")
-    parser.add_argument("--world-size", type=int, metavar="N", help="ranks in all; default: as the launcher starts")
-    parser.add_argument("--nodes", type=int, metavar="N", help="on which they are, for strategy=hsdp; default: 1")
+    parser._negative_number_matcher = re.compile(r"-\d")  # of -8GiB, too: a value, which is refused, and no option
+    parser.add_argument("--world-size", metavar="N", help="ranks in all; default: as the launcher starts")
+    parser.add_argument("--nodes", metavar="N", help="on which they are, for strategy=hsdp; default: 1")
     parser.add_argument(
         "--device", metavar="NAME", help="such as h100 or 80GiB; default: the GPU here, if there is one"
     )
-    parser.add_argument("--margin", type=float, default=0.1, metavar="SHARE", help="left free; default: 0.1")
+    parser.add_argument("--margin", metavar="SHARE", help="left free; default: 0.1")
     parser.add_argument("--no-trace", action="store_true", help="leave out what is estimated: faster, no verdict")
     parser.add_argument("--json", action="store_true", help="print JSON, with every rank")
     parser.add_argument("--reconcile", metavar="RUN", help="compare the plan of a run with what it measured")
@@ -50,8 +57,13 @@ def add_plan(verbs: argparse._SubParsersAction[Any]) -> None:
 def _plan(options: argparse.Namespace) -> int:
     if options.reconcile:
         return _reconcile(options)
-    from dist_lowrank.config import compose
+    from dist_lowrank.config import ConfigError, compose
 
+    if options.no_trace and options.device:
+        raise ConfigError(
+            f"--device: {options.device} is not allowed with --no-trace, which tells no peak; allowed: one of both"
+        )
+    margin = _margin(options.margin)
     config, world_size, device_type = _resolve(compose(options.overrides), options)
     capacity = _capacity(options)  # refused before the work
 
@@ -63,12 +75,13 @@ def _plan(options: argparse.Namespace) -> int:
     planner = Planner(config, world_size, device_type, traced=not options.no_trace)
     plan = planner.plan()
     sent = planner.estimate.traffic if planner.estimate else forecast_traffic(config, world_size)
-    verdict = verdict_on(planner, *capacity, options.margin) if capacity and not options.no_trace else None
+    verdict = verdict_on(planner, *capacity, margin) if capacity and not options.no_trace else None
     report = Report(config, plan, verdict, sent, strategy_traffic(config, planner.parameters, world_size))
-    if options.json:
-        print(json.dumps(as_json(report), indent=1))
-    else:
-        print_report(report)
+    with _ending_with_its_reader():
+        if options.json:
+            print(json.dumps(as_json(report), indent=1))
+        else:
+            print_report(report)
     return ExitCode.DOES_NOT_FIT if verdict is not None and not verdict.fits else ExitCode.FINISHED
 
 
@@ -77,32 +90,48 @@ def _resolve(config: RunConfig, options: argparse.Namespace) -> tuple[RunConfig,
     from dist_lowrank.config import ConfigError
     from dist_lowrank.launchers.preparation import check_sizes, planned_processes
 
-    for name in ("world_size", "nodes"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: {value} is not allowed; allowed: an integer >= 1")
-    if options.world_size is None:
+    asked, nodes = _count("--world-size", options.world_size), _count("--nodes", options.nodes)
+    if asked is None:
         device_type, world_size = planned_processes(config)
     else:
-        device_type, world_size = config.launcher.device, options.world_size
+        device_type, world_size = config.launcher.device, asked
     if options.device:
         device_type = "cuda"
-    nodes = options.nodes or config.launcher.node_count
+    nodes = nodes or config.launcher.node_count
     if world_size % nodes:
         raise ConfigError(f"--nodes: {nodes} is not allowed with {world_size} ranks; allowed: a divisor of them")
     if config.strategy.name == "hsdp" and config.strategy.shard_size is None:
         config = replace(config, strategy=replace(config.strategy, shard_size=world_size // nodes))
-    check_sizes(config, world_size)
+    check_sizes(config, world_size, "launcher.nproc_per_node" if asked is None else "--world-size")
     return config, world_size, device_type
+
+
+def _count(option: str, value: str | None) -> int | None:
+    from dist_lowrank.config import ConfigError
+
+    if value is None or (value.isdecimal() and int(value) > 0):
+        return value if value is None else int(value)
+    raise ConfigError(f"{option}: {value} is not allowed; allowed: an integer >= 1")
+
+
+def _margin(value: str | None) -> float:
+    from dist_lowrank.config import ConfigError
+
+    if value is None:
+        return DEFAULT_MARGIN
+    try:
+        margin = float(value)
+    except ValueError:
+        margin = -1.0
+    if not 0 <= margin < 1:
+        raise ConfigError(f"--margin: {value} is not allowed; allowed: a share of the device in [0, 1), such as 0.1")
+    return margin
 
 
 def _capacity(options: argparse.Namespace) -> tuple[str, int] | None:
     """Name and bytes of the device, if there is one to fit."""
-    from dist_lowrank.config import ConfigError
     from dist_lowrank.planning.devices import capacity_bytes
 
-    if not 0 <= options.margin < 1:
-        raise ConfigError(f"--margin: {options.margin:g} is not allowed; allowed: a share of the device in [0, 1)")
     if options.device:
         return options.device, capacity_bytes(options.device)
     import torch
@@ -132,11 +161,33 @@ def verdict_on(planner: Planner, device: str, capacity_bytes: int, margin: float
 
 
 def _reconcile(options: argparse.Namespace) -> int:
+    from dist_lowrank.config import ConfigError, open_run
+
+    named = ("world_size", "nodes", "device", "margin", "no_trace")
+    ignored = [f"--{name.replace('_', '-')}" for name in named if getattr(options, name)] + options.overrides
+    if ignored:
+        raise ConfigError(
+            f"{' '.join(ignored)}: is not allowed with --reconcile, which plans a run as it was; allowed: --json"
+        )
+    open_run(options.reconcile)  # refused before the slow imports
+
     from dist_lowrank.planning.reconcile import print_reconciled, reconcile
 
     found = reconcile(options.reconcile)
-    if options.json:
-        print(json.dumps(found.as_json(), indent=1))
-    else:
-        print_reconciled(found)
+    with _ending_with_its_reader():
+        if options.json:
+            print(json.dumps(found.as_json(), indent=1))
+        else:
+            print_reconciled(found)
     return ExitCode.FINISHED
+
+
+@contextmanager
+def _ending_with_its_reader() -> Iterator[None]:
+    """While it prints, a reader that has gone, such as `head`, ends this process as it ends other commands."""
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        signal.signal(signal.SIGPIPE, before)
