@@ -100,6 +100,13 @@ def test_missing_nodes_and_a_first_node_that_is_away_are_named() -> None:
     first, second = Node(*shared, "--node-rank", "0"), Node(*shared, "--node-rank", "1")
     port = str(free_port())
     alone = Node("--nodes", f"{A},{B}", "--port", port, "--node-rank", "1", "--timeout-seconds", "1")
+    nameless = Node(
+        *("--nodes", f"no-such-node.invalid,{B}", "--node-rank", "0"),
+        *("--port", str(free_port()), "--timeout-seconds", "1"),
+    )
+    code, items = nameless.result()
+    assert code == 4
+    assert items["nodes"]["found"] == f"not there within 1 s: {B}", "it waits no longer where its own name is unknown"
     code, items = alone.result()
     assert code == 4
     assert items[f"{B} rendezvous"]["found"] == (
