@@ -29,8 +29,9 @@ overrides (Hydra's grammar; `dist-lowrank check` prints every key):
   model.pretrained=PATH                    start from a Hugging Face checkpoint
   +model.config.rope_theta=1e5             a field of the transformers configuration
 
-exit codes: 0 done, 1 failed, 2 refused configuration, 66 ranks differ, 67 not finite, 69 checkpoint, 75 start again
-(stopped by SIGTERM, SIGUSR1 or the time limit), 76 a rank hung, 130 Ctrl-C
+exit codes: 0 done, 1 failed, 2 refused configuration, 3 an assertion does not hold (compare, sweep), 4 unfit (doctor),
+5 does not fit into memory (plan, launch), 66 ranks differ, 67 not finite, 69 checkpoint, 75 start again (stopped by
+SIGTERM, SIGUSR1 or the time limit), 76 a rank hung, 130 Ctrl-C
 """
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import statistics
+import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -285,13 +286,54 @@ def test_runs_that_measured_in_another_way_are_refused_or_noted(
     assert main(["compare", "adamw", "dct_adamw", "--no-traffic", "--out", "out"]) == 0
     printed = capsys.readouterr().out
     assert "- Not the same number of ranks for all (2, 4): bytes per rank, times and bytes sent are not like" in printed
-    assert "- Not logged by all: memory of activations, temporaries; all memory is not like for" in printed
+    assert "- Not logged by all: memory of activations, temporaries." in printed
     rows = [line.split()[1:] for line in printed.splitlines() if line.startswith("llama_tiny-dct_adamw ")]
     assert ["activations", "in", "a", "step", "0", "20,001", "40,003", "3", "80,005"] in rows
     assert ["all", "memory", "sum", "78,462", "78,462", "78,462", "-", "313,848"] in rows, "no sum of several moments"
+    peaks = {
+        name: found.mean if (found := quantity["peak_bytes.max"]) else None
+        for name, quantity in zip(
+            ("adamw", "dct_adamw"), compare(["adamw", "dct_adamw"], with_traffic=False).quantities, strict=True
+        )
+    }
+    assert peaks == {"adamw": None, "dct_adamw": 61_862}, "the total of the table, not mixed with `total_bytes`"
     assert ["residual", "-7", "-4", "0", "0", "-14"] in rows
     assert ["total", "0", "30,930", "61,862", "3", "123,723"] in rows
     assert (stored / "out" / "memory_at_peak.svg").exists()
+
+
+def test_labels_of_runs_by_other_launchers_and_strategies_are_short_and_fit_the_plots(stored: Path) -> None:
+    slurm = {"name": "slurm", "nodes": 2, "hosts": "a,b", "work_directory": "/far/away", "flight_recorder_entries": 7}
+    other = {"name": "hsdp", "only_there": 2}
+    for run in ("slurm", "sharded", "whole"):
+        shutil.copytree("adamw", run)
+    change(stored / "slurm", launcher=slurm, seed=1)
+    for run, sharded in (("sharded", True), ("whole", False)):
+        change(
+            stored / run,
+            launcher=slurm,
+            strategy=other | {"reshard_after_forward": sharded},
+            precision={"name": "bf16"},
+        )
+    found = compare(["adamw", "slurm", "sharded", "whole"], allow=["seed"], with_traffic=False)
+    assert [group.label for group in found.groups] == [
+        "llama_tiny-adamw strategy=fsdp precision=fp32",
+        "llama_tiny-adamw strategy=hsdp reshard_after_forward=true precision=bf16",
+        "llama_tiny-adamw strategy=hsdp reshard_after_forward=false precision=bf16",
+    ]
+    assert found.groups[0].seeds == [0, 1], "one group, whatever started them"
+    change(stored / "whole", name="a_name_as_long_as_people_give_" * 3)
+    change(
+        stored / "sharded",
+        optimizer={"betas": "0.912345678901234567890123456789"},
+        schedule={"name": "as_long_as_it_gets"},
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as of plots without room for their axes
+        long = compare(["adamw", "sharded", "whole", "dct_adamw"], with_traffic=False)
+        for plot in plots(long):
+            plot.save(stored / f"{plot.name}.svg")
+    assert long.groups[1].label == "llama_tiny-adamw (sharded)", "the table of settings tells what differs"
 
 
 def test_many_ranks_and_hostile_text_are_written_whole(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:

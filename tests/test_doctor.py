@@ -100,6 +100,13 @@ def test_missing_nodes_and_a_first_node_that_is_away_are_named() -> None:
     first, second = Node(*shared, "--node-rank", "0"), Node(*shared, "--node-rank", "1")
     port = str(free_port())
     alone = Node("--nodes", f"{A},{B}", "--port", port, "--node-rank", "1", "--timeout-seconds", "1")
+    nameless = Node(
+        *("--nodes", f"no-such-node.invalid,{B}", "--node-rank", "0"),
+        *("--port", str(free_port()), "--timeout-seconds", "1"),
+    )
+    code, items = nameless.result()
+    assert code == 4
+    assert items["nodes"]["found"] == f"not there within 1 s: {B}", "it waits no longer where its own name is unknown"
     code, items = alone.result()
     assert code == 4
     assert items[f"{B} rendezvous"]["found"] == (
@@ -171,6 +178,13 @@ def test_quick_imports_no_torch_and_takes_under_three_seconds(tmp_path: Path) ->
         (["--nodes", f"{A},{B}", "--node-rank", "2"], "error: --node-rank: 2 is not allowed; allowed: 0 to 1"),
         (["--nodes", A, "--quick"], f"error: --nodes {A}: is not allowed with --quick; allowed: one of the two"),
         (["--port", "70000"], "error: --port: 70000 is not allowed; allowed: 1 to 65535"),
+        (["--port", "abc"], "error: --port: abc is not allowed; allowed: 1 to 65535"),
+        (["--gpus", "-1"], "error: --gpus: -1 is not allowed; allowed: a whole number from 0"),
+        (["--min-free-gib", "-5"], "error: --min-free-gib: -5 is not allowed; allowed: 0 or more"),
+        (["--min-bandwidth", "nan"], "error: --min-bandwidth: nan is not allowed; allowed: more than 0"),
+        (["--quick", "--min-bandwidth", "3"], "error: --min-bandwidth 3: is not allowed with --quick; allowed: one "),
+        (["--node-rank", "0"], "error: --node-rank 0: is not allowed without --nodes; allowed: both"),
+        (["--nodes", ""], "error: --nodes: '' is not allowed; allowed: each node once, such as node1,node2"),
         (["--timeout-seconds", "0"], "error: --timeout-seconds: 0 is not allowed; allowed: more than 0"),
     ],
 )
@@ -229,6 +243,8 @@ def test_limits_of_this_process_are_read_and_judged(tmp_path: Path) -> None:
     assert check_disk(str(tmp_path / "file" / "runs"), 0).status == "ok", "it will be made"
     (tmp_path / "file").touch()
     assert check_disk(str(tmp_path / "file" / "runs"), 0).found == f"{tmp_path}/file: is no folder"
+    if Path("/proc/sys").is_dir():
+        assert "is on no disk" in (found := check_disk("/proc/no_such_folder/runs", 0).found) or "written" in found
     if os.geteuid():
         tmp_path.chmod(0o500)
         assert check_disk(str(tmp_path / "runs"), 0).found.endswith("cannot be written by this user")

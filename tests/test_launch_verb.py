@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 from launch_jobs import CASES
 
 from dist_lowrank.cli import main
-from dist_lowrank.config import begin_again, claim, open_run
+from dist_lowrank.config import begin_again, claim, compose, open_run
 from dist_lowrank.exit_codes import ExitCode
+from dist_lowrank.launchers.preparation import planned_processes
 
 CANARY = "hf_Canary0Canary1Canary2Canary3Canary4"
 TEXT = ["data=text", "data.path=text.txt", "data.cache=cache", "data.vocab_size=300"]
@@ -164,3 +167,14 @@ def test_submitting_passes_on_the_exit_code_and_says_which_command_is_missing(
     monkeypatch.setenv("PATH", str(folder))
     assert main(command) == ExitCode.FAILED
     assert "error: sbatch: No such file or directory; the files are written" in capfd.readouterr().err
+
+
+def test_the_batch_of_each_launch_on_the_page_divides_by_its_processes() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "launching.md").read_text()
+    lines = re.findall(r"^    dist-lowrank launch ((?:.*\\\n)*.*)$", page, re.MULTILINE)
+    assert len(lines) >= 9
+    for line in lines:
+        words = shlex.split(line.replace("\\\n", " "))
+        config = compose([word for word in words if word != "--render-only"])
+        _, processes = planned_processes(config)
+        assert config.train.global_batch_size % processes == 0, line

@@ -106,3 +106,11 @@ def test_closing_twice_is_fine_and_logging_afterwards_is_an_error(tmp_path: Path
     writer.close()
     with pytest.raises(ValueError, match="closed"):
         writer.log(1, {"loss/train": 1.0})
+
+
+def test_the_page_names_every_tag_that_a_run_logs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "tensorboard.md").read_text()
+    logged = {name: tag for name, tag in vars(tags).items() if name.isupper() and isinstance(tag, str)}
+    logged |= {"energy": tags.captured_energy("FAMILY"), "memory": tags.memory_bytes("CAUSE")}
+    logged |= {"peak": tags.memory_at_peak_bytes("CAUSE"), "of rank": tags.memory_of_rank(0, "CAUSE")}
+    assert [tag for tag in logged.values() if f"`{tag}`" not in page] == []

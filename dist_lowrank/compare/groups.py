@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,8 +25,9 @@ _IMMATERIAL = (
     "data.cache",
     "train.export",
     "train.sample_tokens",
-    "launcher.timeout_seconds",
+    "launcher",
 )
+_LONGEST_LABEL = 80  # in characters; of others, the table of settings tells what differs
 # Keys of the section `model` that say how the model is trained, not what it is.
 _NOT_THE_MODEL = (
     "model.name",
@@ -65,7 +66,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """
     by_settings: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        by_settings.setdefault((*sorted(_settings(run).items()), len(run.ranks)), []).append(run)
+        by_settings.setdefault(tuple(sorted(_settings(run).items())), []).append(run)
     members: list[list[Run]] = []
     for equal in by_settings.values():
         seeds = {run.seed for run in equal}
@@ -75,7 +76,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 def differing_settings(groups: Sequence[Group]) -> dict[str, list[str]]:
     """By key: its value in each group, where these are not equal."""
-    settings = [_settings(group.first) | {"ranks": str(group.world_size)} for group in groups]
+    settings = [_settings(group.first) for group in groups]
     keys = dict.fromkeys(key for each in settings for key in each)
     values = {key: [each.get(key, "") for each in settings] for key in keys}
     return {key: row for key, row in values.items() if len(set(row)) > 1}
@@ -138,11 +139,12 @@ def _evaluation(run: Run) -> dict[str, Any]:
 
 def _settings(run: Run) -> dict[str, str]:
     """Everything that can make two runs differ, as text by dotted key."""
-    return {
+    settings = {
         key: show(value)
         for key, value in by_dotted_key(run.config)
         if not any(key == each or key.startswith(f"{each}.") for each in _IMMATERIAL)
     }
+    return settings | {"ranks": str(len(run.ranks))}
 
 
 def _labels(members: Sequence[Sequence[Run]]) -> list[str]:
@@ -151,17 +153,24 @@ def _labels(members: Sequence[Sequence[Run]]) -> list[str]:
     labels = []
     for name, runs in zip(names, members, strict=True):
         alike = [_settings(other[0]) for other, its in zip(members, names, strict=True) if its == name]
-        own = _settings(runs[0])
-        keys = [key for key in own if len({each.get(key) for each in alike}) > 1]
-        labels.append(" ".join([name, *(f"{key.rpartition('.')[2]}={own[key]}" for key in keys)]))
+        labels.append(" ".join([name, *_differences_of(_settings(runs[0]), alike)]))
     repeated = {label for label, count in Counter(labels).items() if count > 1}
-    labels = [
-        f"{label} ({runs[0].folder.path.name})" if label in repeated else label
-        for label, runs in zip(labels, members, strict=True)
-    ]
+    for index, (label, name, runs) in enumerate(zip(labels, names, members, strict=True)):
+        if len(label) > _LONGEST_LABEL or label in repeated:
+            labels[index] = f"{name if len(label) > _LONGEST_LABEL else label} ({runs[0].folder.path.name})"
     if len(set(labels)) < len(labels):  # folders of one name in several places, or several attempts
         labels = [str(runs[0].given) for runs in members]
     return labels
+
+
+def _differences_of(own: Mapping[str, str], alike: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """`rank=4`, `strategy=ddp`: keys of one strategy alone say no more than its name, and so with other sections."""
+    for key, value in own.items():
+        section, _, last = key.rpartition(".")
+        name = f"{key.partition('.')[0]}.name"
+        peers = alike if key == name else [each for each in alike if each.get(name) == own.get(name)]
+        if len({each.get(key) for each in peers}) > 1:
+            yield f"{section if key == name else last}={value}"
 
 
 def _name(run: Run) -> str:

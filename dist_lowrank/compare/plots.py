@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,9 @@ _CAUSE_COLOURS = {
     "residual": "#D4D4D4",
 }
 _MOST_RANKS = 16  # with a bar each; of more, those with least, median and most
+_BAR_LABEL = 18  # characters in a line of a label under bars
+_LEAST_BARS = 3.5  # whose room such a label takes
+_LEGEND_LABEL = 60  # characters in a line of a legend
 _MOST_WRITTEN = 4  # ranks of a heat map that have their numbers written in
 _BINS = 100  # of tokens, over which training losses are averaged
 
@@ -76,14 +80,16 @@ def plots(comparison: Comparison) -> list[Plot]:
 def _loss(groups: Sequence[Group]) -> Plot:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     by_tokens, by_time = figure.subplots(1, 2, sharey=True)
+    lines: dict[str, Any] = {}
     for index, group in enumerate(groups):
         style = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _DASHES[index // len(_COLOURS) % len(_DASHES)]}
         rows = _binned(group)
         tokens, seconds, mean, low, high = ([row[column] for row in rows] for column in range(5))
         for axes, places in ((by_tokens, tokens), (by_time, seconds)):
-            axes.plot(places, mean, label=_plain(group.label), linewidth=1.5, **style)
+            (line,) = axes.plot(places, mean, linewidth=1.5, **style)
             if len(group.runs) > 1:
                 axes.fill_between(places, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        lines[group.label] = line
         for run in group.runs:
             curve = run.curve(tags.LOSS_VALIDATION)
             for axes, column in ((by_tokens, 0), (by_time, 1)):
@@ -94,7 +100,7 @@ def _loss(groups: Sequence[Group]) -> Plot:
     by_tokens.xaxis.set_major_formatter(EngFormatter())
     for axes in (by_tokens, by_time):
         _clean(axes)
-    by_tokens.legend(frameon=False, title="line: training   dots: validation")
+    _legend(figure, lines, title="line: training   dots: validation")
     several = any(len(group.runs) > 1 for group in groups)
     return Plot("loss", "Loss against tokens and time" + (" (band: lowest to highest seed)" if several else ""), figure)
 
@@ -141,11 +147,13 @@ def _bars(name: str, title: str, groups: Sequence[Group], held: Sequence[Mapping
     """
     names = in_order(cause for of_group in held for cause in of_group)
     shown = [_shown_ranks(group) for group in groups]
-    figure = Figure(figsize=(max(7.0, 2 + 0.45 * sum(map(len, shown))), 4.5), layout="constrained")
+    figure = Figure(
+        figsize=(max(7.0, 2.5 + 0.45 * sum(max(_LEAST_BARS, len(ranks)) for ranks in shown)), 4.5), layout="constrained"
+    )
     axes = figure.subplots()
     places: list[list[float]] = []
     for ranks in shown:
-        start = places[-1][-1] + 1.8 if places else 0.0
+        start = places[-1][0] + max(_LEAST_BARS, len(places[-1]) + 0.8) if places else 0.0
         places.append([start + offset for offset in range(len(ranks))])
     bottoms = [[0.0] * len(ranks) for ranks in shown]
     spare = iter(matplotlib.colormaps["tab20b"].colors * 4)  # type: ignore[attr-defined]
@@ -165,11 +173,11 @@ def _bars(name: str, title: str, groups: Sequence[Group], held: Sequence[Mapping
     for group, where in zip(groups, places, strict=True):
         middle = (where[0] + where[-1]) / 2
         axes.annotate(
-            _plain(group.label).replace(" ", "\n"), (middle, 0), (0, -22), ha="center", va="top",
+            _wrapped(group.label, _BAR_LABEL), (middle, 0), (0, -36), ha="center", va="top",
             xycoords="data", textcoords="offset points", annotation_clip=False, fontsize=9,
         )  # fmt: skip
     axes.yaxis.set_major_formatter(EngFormatter(unit="B"))
-    axes.set(ylabel="memory (bytes)", xlabel="\n\nrank")
+    axes.set(ylabel="memory (bytes)", xlabel="rank")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     _clean(axes)
     return Plot(name, title, figure)
@@ -192,7 +200,7 @@ def _heat_map(groups: Sequence[Group]) -> Plot:
         shares = [[count / top for count in by_rank] for by_rank, top in zip(of_group, most, strict=True)]
         mesh = axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.3)
         mesh.set_rasterized(group.world_size > _MOST_RANKS)
-        axes.set_title(_plain(group.label), fontsize=9)
+        axes.set_title(_wrapped(group.label, 34), fontsize=9)
         axes.set_yticks([row + 0.5 for row in range(len(names))], [_plain(cause) for cause in names], fontsize=9)
         axes.tick_params(length=0)
         if group.world_size <= _MOST_RANKS:
@@ -238,7 +246,7 @@ def _energy(groups: Sequence[Group]) -> Plot:
                 style = _DASHES[index // len(_COLOURS) % len(_DASHES)]
                 colour = _COLOURS[index % len(_COLOURS)]
                 (line,) = axes.plot(*zip(*points, strict=True), linestyle=style, color=colour, linewidth=1.3)
-                lines.setdefault(_plain(group.label), line)
+                lines.setdefault(group.label, line)
         axes.set_title(_plain(family), fontsize=9)
         axes.set_ylim(0, 1)
         axes.xaxis.set_major_formatter(EngFormatter())
@@ -249,7 +257,7 @@ def _energy(groups: Sequence[Group]) -> Plot:
         axes.set_visible(False)
     figure.supxlabel("tokens", fontsize=10)
     figure.supylabel("share of the energy that is captured", fontsize=10)
-    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=min(4, len(lines)), frameon=False)
+    _legend(figure, lines)
     return Plot("captured_energy", "Captured energy by family of matrices", figure)
 
 
@@ -268,6 +276,21 @@ def _clean(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _legend(figure: Figure, lines: Mapping[str, Any], title: str | None = None) -> None:
+    """Above the panels, in as many columns as there is room for."""
+    longest = min(_LEGEND_LABEL, max(map(len, lines)))
+    columns = max(1, min(len(lines), int(figure.get_figwidth() * 10 / (longest + 8))))  # ten characters to the inch
+    figure.legend(
+        lines.values(), [_wrapped(label, _LEGEND_LABEL) for label in lines],
+        loc="outside upper center", ncols=columns, frameon=False, title=title,
+    )  # fmt: skip
+
+
+def _wrapped(label: str, width: int) -> str:
+    """In lines of at most so many characters."""
+    return _plain("\n".join(textwrap.wrap(label, width)))
 
 
 def _plain(text: str) -> str:

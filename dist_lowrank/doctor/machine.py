@@ -104,6 +104,9 @@ def check_disk(runs: str, min_free_gib: float) -> Item:
         what = "is no folder" if not there.is_dir() else "cannot be written by this user"
         return Item("disk", "failed", f"{there}: {what}", "runs=FOLDER with a folder to write in (here: --runs FOLDER)")
     usage = shutil.disk_usage(there)
+    if not usage.total:  # /proc and its like
+        remedy = "runs=FOLDER with a folder on a disk (here: --runs FOLDER)"
+        return Item("disk", "failed", f"{there}: is on no disk that holds files", remedy)
     found = f"{_size(usage.free)} of {_size(usage.total)} free for {runs}"
     if usage.free < min_free_gib * _GIB:
         remedy = "remove old runs, or checkpoint.keep_last=1, or runs=FOLDER on another disk (here: --runs FOLDER)"

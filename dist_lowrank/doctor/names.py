@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import ipaddress
 import os
 import socket
@@ -17,6 +18,7 @@ _SECONDS = 2.0  # for a name service to answer
 _LISTENS = "0A"  # the state of a listening socket in /proc/net/tcp
 
 
+@functools.cache  # where nobody answers, each question takes its seconds
 def resolve(name: str) -> list[str]:
     """The addresses of a name, those of version 4 first; none if it has none or nobody answers within seconds."""
     found: list[str] = []

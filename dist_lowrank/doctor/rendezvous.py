@@ -42,8 +42,9 @@ def host_store(place: Place) -> tuple[Store, int, Item]:
         remedy = f"end what listens there (ss -ltnp 'sport = :{place.port}'), or the same other --port on all nodes"
         raise NoMeeting(Item("rendezvous port", "failed", found, remedy, place.own)) from error
     item, port = _check_listener(place, listener), int(listener.getsockname()[1])
+    address = listener.getsockname()[0]  # not the name, which may lead nowhere
     store = TCPStore(
-        place.own,
+        "127.0.0.1" if address == "0.0.0.0" else address,
         port,
         is_master=True,
         timeout=timedelta(seconds=place.timeout_seconds),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from dist_lowrank.exit_codes import ExitCode
@@ -22,6 +24,18 @@ exit codes: 0 fit (there may be warnings), 2 refused options, 4 something failed
 """
 
 
+_MOST = sys.float_info.max
+_TINY = sys.float_info.min
+_NUMBERS: dict[str, tuple[type[int] | type[float], float, float, str]] = {  # least, most
+    "node_rank": (int, 0, _MOST, "a place in the list, from 0"),
+    "port": (int, 1, 65535, "1 to 65535"),
+    "timeout_seconds": (float, _TINY, 86400, "more than 0, at most 86400"),
+    "min_free_gib": (float, 0, _MOST, "0 or more"),
+    "gpus": (int, 0, _MOST, "a whole number from 0"),
+    "min_bandwidth": (float, _TINY, _MOST, "more than 0"),
+}
+
+
 def add_doctor(verbs: argparse._SubParsersAction[Any]) -> None:
     """Adds the verb to the command's parser."""
     summary = "check this machine, or all nodes together: limits, GPUs, names, ports, clocks, an all-reduce"
@@ -36,15 +50,13 @@ def add_doctor(verbs: argparse._SubParsersAction[Any]) -> None:
     option("--quick", action="store_true", help="this machine alone, without torch and without an all-reduce")
     option("--json", action="store_true", help="print JSON")
     option("--nodes", metavar="A,B", help="all nodes, in the same order everywhere; the first one hosts the store")
-    option("--node-rank", type=int, metavar="N", help="this node's place in the list; else the one with its address")
-    option("--port", type=int, default=29400, metavar="N", help="of the rendezvous (default 29400)")
-    option("--timeout-seconds", type=float, default=60, metavar="S", help="for all nodes to come (default 60)")
+    option("--node-rank", metavar="N", help="this node's place in the list; else the one with its address")
+    option("--port", default="29400", metavar="N", help="of the rendezvous (default 29400)")
+    option("--timeout-seconds", default="60", metavar="S", help="for all nodes to come (default 60)")
     option("--runs", default="runs", metavar="DIR", help="where runs will be written (default runs)")
-    option("--min-free-gib", type=float, default=10, metavar="X", help="there (default 10)")
-    option(
-        "--gpus", type=int, metavar="N", help="GPUs that this node should have (default: those it has device files of)"
-    )
-    option("--min-bandwidth", type=float, metavar="GB/S", help="of the all-reduce, per rank")
+    option("--min-free-gib", default="10", metavar="X", help="there (default 10)")
+    option("--gpus", metavar="N", help="GPUs that this node should have (default: those it has device files of)")
+    option("--min-bandwidth", metavar="GB/S", help="of the all-reduce, per rank")
     parser.set_defaults(action=_doctor)
 
 
@@ -53,12 +65,17 @@ def _doctor(options: argparse.Namespace) -> int:
     from dist_lowrank.doctor.items import as_json, as_text, is_fit
     from dist_lowrank.doctor.machine import Expectations
 
-    if options.quick and options.nodes:
-        raise ConfigError(f"--nodes {options.nodes}: is not allowed with --quick; allowed: one of the two")
-    if not 0 < options.port < 65536:
-        raise ConfigError(f"--port: {options.port} is not allowed; allowed: 1 to 65535")
-    if options.timeout_seconds <= 0:
-        raise ConfigError(f"--timeout-seconds: {options.timeout_seconds:g} is not allowed; allowed: more than 0")
+    if options.nodes is not None and not options.nodes:
+        raise ConfigError("--nodes: '' is not allowed; allowed: each node once, such as node1,node2")
+    for key in ("nodes", "min_bandwidth"):
+        given = getattr(options, key)
+        if options.quick and given is not None:
+            raise ConfigError(f"{_flag(key)} {given}: is not allowed with --quick; allowed: one of the two")
+    if options.node_rank is not None and options.nodes is None:
+        raise ConfigError(f"--node-rank {options.node_rank}: is not allowed without --nodes; allowed: both")
+    for key, (kind, least, most, allowed) in _NUMBERS.items():
+        given = getattr(options, key)
+        setattr(options, key, None if given is None else _number(key, given, kind, least, most, allowed))
     expected = Expectations(options.runs, options.min_free_gib, options.gpus)
     rank = 0
     if options.quick:
@@ -72,6 +89,22 @@ def _doctor(options: argparse.Namespace) -> int:
     else:
         print(f"fit: {len(items)} checks, which the first node prints")
     return ExitCode.FINISHED if is_fit(items) else ExitCode.UNFIT
+
+
+def _number(key: str, given: str, kind: type[int] | type[float], least: float, most: float, allowed: str) -> float:
+    from dist_lowrank.config import ConfigError
+
+    try:
+        number = kind(given)
+    except ValueError:
+        number = math.nan
+    if not least <= number <= most:
+        raise ConfigError(f"{_flag(key)}: {given or 'nothing'} is not allowed; allowed: {allowed}")
+    return number
+
+
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
 
 
 def quick(expected: Expectations, port: int) -> list[Item]:

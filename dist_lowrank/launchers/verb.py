@@ -20,8 +20,8 @@ launchers (docs/launching.md; `dist-lowrank check launcher=NAME` prints every ke
   launcher=deepspeed     a hostfile and DeepSpeed's launcher
   launcher=docker        one container; launcher=compose: several as nodes, for trying out
 
-exit codes: those of `train` where the command waits for the run (local, torchrun, docker, compose); else those of the
-command that submits; 5: it does not fit launcher.accelerator
+exit codes: those of `train` where the command waits for the run (local, torchrun, docker, compose,
+deepspeed); else those of the command that submits; 5: it does not fit launcher.accelerator
 """
 
 
@@ -39,7 +39,9 @@ def add_launch(verbs: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="such as launcher=slurm launcher.nodes=2")
-    parser.add_argument("--render-only", action="store_true", help="write the files, say how to start them, and end")
+    parser.add_argument(
+        "--render-only", action="store_true", help="write the files, say how to start them, and end (not with local)"
+    )
     parser.set_defaults(action=_launch)
 
 
