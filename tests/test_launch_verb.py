@@ -9,7 +9,7 @@ import pytest
 from launch_jobs import CASES
 
 from dist_lowrank.cli import main
-from dist_lowrank.config import begin_again, claim, open_run
+from dist_lowrank.config import ConfigError, begin_again, claim, open_run
 from dist_lowrank.exit_codes import ExitCode
 
 CANARY = "hf_Canary0Canary1Canary2Canary3Canary4"
@@ -128,6 +128,21 @@ def test_a_prepared_attempt_is_claimed_once_and_every_later_start_makes_the_next
     begin_again(open_run(run))
     assert claim(run).attempt == 4
     assert open_run(run).config() == open_run(run / "attempt-1").config()
+
+
+def test_a_script_starts_the_configuration_that_it_was_rendered_with(folder: Path) -> None:
+    command = ["launch", "--render-only", "launcher=torchrun", "launcher.device=cpu", *TEXT]
+    for settings in (["strategy=ddp", "launcher.nproc_per_node=1"], ["strategy=fsdp", "launcher.nproc_per_node=2"]):
+        assert main([*command, *settings]) == ExitCode.FINISHED
+    (run,) = (folder / "runs").iterdir()
+    for attempt in (1, 2):
+        script = (run / f"attempt-{attempt}" / "launch" / "node-0.sh").read_text()
+        assert script.endswith(f"    -m dist_lowrank.worker runs/{run.name} --of-attempt {attempt}\n")
+    claimed = [claim(run, of_attempt) for of_attempt in (2, 1, 1, 2)]
+    assert [each.attempt for each in claimed] == [2, 3, 4, 5], "each start works on the newest attempt"
+    assert [each.config().strategy.name for each in claimed] == ["fsdp", "ddp", "ddp", "fsdp"]
+    with pytest.raises(ConfigError, match=r"attempt-9: no run is there"):
+        claim(run, 9)
 
 
 def test_submitting_passes_on_the_exit_code_and_says_which_command_is_missing(
