@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,16 +86,28 @@ REFUSED = {
         ["launch", "launcher=docker", "launcher.secret_environment=[NOT_SET_ANYWHERE]"],
         "launcher.secret_environment: NOT_SET_ANYWHERE is not set here; allowed: variables that are set",
     ),
+    "a scheduler that is not here": (
+        ["launch", "launcher=slurm"],
+        "launcher: slurm is not allowed, sbatch is not on the PATH; allowed: on a machine that has it, or `dist-low",
+    ),
+    "an engine that is not here": (
+        ["launch", "launcher=compose", "launcher.command=[my-engine,compose]"],
+        "launcher.command: [my-engine,compose] is not allowed, my-engine is not on the PATH; allowed: on a machine",
+    ),
+    "a remote shell that is not here": (
+        ["launch", "launcher=torchrun", "launcher.remote_shell=[no-ssh]"],
+        "launcher.remote_shell: [no-ssh] is not allowed, no-ssh is not on the PATH",
+    ),
     "a file that pods do not have": (
         ["launch", "launcher=kubernetes", "launcher.kind=job"],
         "text.txt: is not allowed with launcher=kubernetes, pods do not have it; allowed: paths below /data",
     ),
     "a batch that the processes cannot share": (
-        ["launch", "launcher=slurm", "launcher.nodes=3"],
+        ["launch", "--render-only", "launcher=slurm", "launcher.nodes=3"],
         "train.global_batch_size: 16 is not allowed with 24 processes; allowed: a multiple of 24",
     ),
     "a batch that fewer hosts cannot share": (
-        ["launch", "launcher=torchrun", "launcher.hosts=[a,b]", "launcher.rendezvous=c10d", *FEWER],
+        ["launch", "--render-only", "launcher=torchrun", "launcher.hosts=[a,b]", "launcher.rendezvous=c10d", *FEWER],
         "train.global_batch_size: 16 is not allowed with 3 processes",
     ),
 }
@@ -101,12 +115,35 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_started_is_refused_before_anything_is_written(
-    folder: Path, capsys: pytest.CaptureFixture[str], what: str
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     arguments, message = REFUSED[what]
+    monkeypatch.setenv("PATH", str(folder))
     assert main([*arguments, *TEXT]) == ExitCode.CONFIGURATION
     assert message in capsys.readouterr().err
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--render-only"], ["launcher=slurm", "launcher.accelerator=h1000"], ["launcher=slurm"]]
+)
+def test_what_can_be_told_at_once_is_told_before_torch_is_imported(folder: Path, arguments: list[str]) -> None:
+    program = (
+        "import sys; from dist_lowrank.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; "
+        "sys.exit(code)"
+    )
+    command = [sys.executable, "-c", program, "launch", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": str(folder)})
+    assert ended.returncode == ExitCode.CONFIGURATION, ended.stderr
+    assert not (folder / "runs").exists()
+
+
+def test_an_option_that_does_not_exist_is_answered_with_the_usage_of_the_verb(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["launch", "--bogus"])
+    assert capsys.readouterr().err.startswith("usage: dist-lowrank launch [-h] [--render-only]")
 
 
 def test_a_run_that_does_not_fit_its_accelerator_is_not_launched(
@@ -145,7 +182,7 @@ def test_a_script_starts_the_configuration_that_it_was_rendered_with(folder: Pat
         claim(run, 9)
 
 
-def test_submitting_passes_on_the_exit_code_and_says_which_command_is_missing(
+def test_submitting_passes_on_the_exit_code_and_says_which_command_does_not_start(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     tools = folder / "tools"
@@ -156,6 +193,7 @@ def test_submitting_passes_on_the_exit_code_and_says_which_command_is_missing(
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     assert main(command) == 7
     assert "Submitted " in capfd.readouterr().out
-    monkeypatch.setenv("PATH", str(folder))
+    (tools / "sbatch").write_text("#!/none/sh\n")
+    monkeypatch.setenv("PATH", str(tools))
     assert main(command) == ExitCode.FAILED
     assert "error: sbatch: No such file or directory; the files are written" in capfd.readouterr().err
