@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_plan(verbs)
     options, left = parser.parse_known_args(arguments)
     if left and (not hasattr(options, "overrides") or any(each.startswith("-") for each in left)):
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
+        verbs.choices[options.verb].error(f"unrecognized arguments: {' '.join(left)}")
     elif left:  # argparse takes those before an option alone
         options.overrides += left
     try:

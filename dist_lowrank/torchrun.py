@@ -1,8 +1,8 @@
 """torchrun, but it ends with the exit code of the run.
 
-`python -m dist_lowrank.torchrun OPTIONS -m dist_lowrank.worker RUN`, with torchrun's own options. torchrun itself ends
-with 1 whatever its ranks ended with; schedulers need to know whether to start a job again (docs/faults.md). With
-`--nnodes 1` the rendezvous is on loopback, whatever the options say.
+`python -m dist_lowrank.torchrun OPTIONS -m dist_lowrank.worker RUN --of-attempt N`, with torchrun's own options.
+torchrun itself ends with 1 whatever its ranks ended with; schedulers need to know whether to start a job again
+(docs/faults.md). With `--nnodes 1` the rendezvous is on loopback, whatever the options say.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the ranks of this node and waits for them.
 
     Args:
-        arguments: of torchrun; the script's last argument is the folder of a run.
+        arguments: of torchrun; the script's first argument is the folder of a run.
 
     Returns:
         The run's exit code, as far as this node knows it.
     """
     options = parse_args(arguments)  # type: ignore[no-untyped-call]
-    path = options.training_script_args[-1]
+    path = options.training_script_args[0]
     try:
         open_run(path)
     except ConfigError as error:

@@ -1,13 +1,15 @@
 """One rank of a run: joins the process group, trains, leaves without a trace.
 
 `python -m dist_lowrank.worker RUNS/RUN/attempt-N` is what `launchers.local` starts. With the run's folder,
-`... dist_lowrank.worker RUNS/RUN`, it is a rank of a job on any number of nodes, which may be started again and again:
-rank 0 decides on the attempt. `main_torchrun` is for ranks of the user's own torchrun that compose the configuration.
-Ranks never compose a configuration twice: they read run.json, or rank 0's broadcast.
+`... dist_lowrank.worker RUNS/RUN --of-attempt N`, it is a rank of a job on any number of nodes, which may be started
+again and again, always configured as attempt N was: rank 0 decides on the attempt to work on. `main_torchrun` is for
+ranks of the user's own torchrun that compose the configuration. Ranks never compose a configuration twice: they read
+run.json, or rank 0's broadcast.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import json
@@ -36,14 +38,18 @@ _ATTEMPT = "dist_lowrank/attempt"  # the folder of the last attempt
 
 
 def main() -> NoReturn:
-    """Entry of a rank whose run has a folder: the only argument, or the folder of one of its attempts."""
+    """Entry of a rank whose run has a folder."""
     end_with_parent()
     _exit_quietly_on_signals()
-    path = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(prog="dist_lowrank.worker")
+    parser.add_argument("folder", type=Path, help="of a run, or of the attempt to work on")
+    parser.add_argument("--of-attempt", type=int, help="whose configuration to take; default: the newest one's")
+    options = parser.parse_args()
+    path: Path = options.folder
     if path.name.startswith("attempt-"):
         folder = open_run(path)
         _work(folder.config(), folder, _store(), speaks=False)
-    _work_on_agreement(lambda world_size, _: _claim(path, world_size))
+    _work_on_agreement(lambda world_size, _: _claim(path, options.of_attempt, world_size))
 
 
 def main_torchrun(overrides: Sequence[str]) -> NoReturn:
@@ -110,7 +116,7 @@ def _prepare(overrides: Sequence[str], world_size: int, before: str | None) -> d
     return _told(prepared)
 
 
-def _claim(run: Path, world_size: int) -> dict[str, Any]:
+def _claim(run: Path, of_attempt: int | None, world_size: int) -> dict[str, Any]:
     """The configuration and folder of the attempt that these ranks work on: of a run that has been prepared."""
     from dist_lowrank.launchers.preparation import check_world
 
@@ -122,8 +128,9 @@ def _claim(run: Path, world_size: int) -> dict[str, Any]:
         return {"message": f"{run} was stopped by {last.stopped['reason']}", "exit_code": last.stopped["exit_code"]}
 
     def claimed() -> RunFolder:
-        check_world(open_run(run).config(), world_size)
-        return claim(run)
+        prepared = last if of_attempt is None else open_run(run / f"attempt-{of_attempt}")
+        check_world(prepared.config(), world_size)
+        return claim(run, of_attempt)
 
     return _told(claimed)
 

@@ -199,7 +199,15 @@ REFUSED = {
     ),
     "of another launcher": (["launcher.hosts=[a]"], 'launcher.hosts: ["a"] is not allowed, no such key; '),
     "no nodes": (["launcher=slurm", "launcher.nodes=0"], "launcher.nodes: 0 is not allowed; allowed: an integer > 0"),
-    "no hosts": (["launcher=torchrun", "launcher.hosts=[]"], "launcher.hosts: [] is not allowed"),
+    "no hosts": (
+        ["launcher=torchrun", "launcher.hosts=[]"],
+        "launcher.hosts: [] is not allowed; allowed: a list that is not empty, of text that is a host name or address",
+    ),
+    "a host twice": (
+        ["launcher=torchrun", "launcher.hosts=[a,b,a]"],
+        'launcher.hosts: ["a", "b", "a"] is not allowed, a more than once; allowed: every host once',
+    ),
+    "a host of DeepSpeed twice": (["launcher=deepspeed", "launcher.hosts=[a,a]"], 'launcher.hosts: ["a", "a"] is not '),
     "a shell in a host": (["launcher=torchrun", "launcher.hosts=['a;b']"], 'launcher.hosts: ["a;b"] is not allowed; '),
     "too few hosts": (
         ["launcher=torchrun", "launcher.hosts=[a,b]", "launcher.min_nodes=3", "launcher.rendezvous=c10d"],
@@ -211,12 +219,16 @@ REFUSED = {
     ),
     "an image for plain Slurm": (
         ["launcher=slurm", "launcher.image=x.sqsh"],
-        "launcher.image: x.sqsh is not allowed with launcher=slurm; allowed: null",
+        "launcher.image: x.sqsh is not allowed with launcher=slurm; allowed: null, or launcher=slurm_pyxis",
     ),
     "no image for pyxis": (["launcher=slurm_pyxis", "launcher.image=null"], "launcher.image: null is not allowed with"),
     "an unknown device": (
         ["launcher=docker", "launcher.device=auto"],
         "launcher.device: auto is not allowed; allowed: ",
+    ),
+    "a device by another name": (
+        ["launcher=torchrun", "launcher.device=gpu"],
+        "launcher.device: gpu is not allowed; did you mean cuda? allowed: cpu, cuda",
     ),
     "a name of Kubernetes": (
         ["launcher=kubernetes", "launcher.claim=My_Claim"],

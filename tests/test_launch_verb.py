@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from launch_jobs import CASES
 
 from dist_lowrank.cli import main
-from dist_lowrank.config import begin_again, claim, compose, open_run
+from dist_lowrank.config import ConfigError, begin_again, claim, compose, open_run
 from dist_lowrank.exit_codes import ExitCode
 from dist_lowrank.launchers.preparation import planned_processes
 
@@ -90,19 +92,31 @@ REFUSED = {
         "launcher.secret_environment: NOT_SET_ANYWHERE is not set here; allowed: variables that are set",
     ),
     "a line break in a directive": (
-        ["launch", "launcher=slurm", 'runs="r\ntouch x\n#"'],
+        ["launch", "--render-only", "launcher=slurm", 'runs="r\ntouch x\n#"'],
         "runs: 'r\\ntouch x\\n#' is not allowed with launcher=slurm; allowed: a path without quotes, '\\' and control",
+    ),
+    "a scheduler that is not here": (
+        ["launch", "launcher=slurm"],
+        "launcher: slurm is not allowed, sbatch is not on the PATH; allowed: on a machine that has it, or `dist-low",
+    ),
+    "an engine that is not here": (
+        ["launch", "launcher=compose", "launcher.command=[my-engine,compose]"],
+        "launcher.command: [my-engine,compose] is not allowed, my-engine is not on the PATH; allowed: on a machine",
+    ),
+    "a remote shell that is not here": (
+        ["launch", "launcher=torchrun", "launcher.remote_shell=[no-ssh]"],
+        "launcher.remote_shell: [no-ssh] is not allowed, no-ssh is not on the PATH",
     ),
     "a file that pods do not have": (
         ["launch", "launcher=kubernetes", "launcher.kind=job"],
         "text.txt: is not allowed with launcher=kubernetes, pods do not have it; allowed: paths below /data",
     ),
     "a batch that the processes cannot share": (
-        ["launch", "launcher=slurm", "launcher.nodes=3"],
+        ["launch", "--render-only", "launcher=slurm", "launcher.nodes=3"],
         "train.global_batch_size: 16 is not allowed with 24 processes; allowed: a multiple of 24",
     ),
     "a batch that fewer hosts cannot share": (
-        ["launch", "launcher=torchrun", "launcher.hosts=[a,b]", "launcher.rendezvous=c10d", *FEWER],
+        ["launch", "--render-only", "launcher=torchrun", "launcher.hosts=[a,b]", "launcher.rendezvous=c10d", *FEWER],
         "train.global_batch_size: 16 is not allowed with 3 processes",
     ),
 }
@@ -110,9 +124,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_started_is_refused_before_anything_is_written(
-    folder: Path, capsys: pytest.CaptureFixture[str], what: str
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     arguments, message = REFUSED[what]
+    monkeypatch.setenv("PATH", str(folder))
     assert main([*arguments, *TEXT]) == ExitCode.CONFIGURATION
     assert message in capsys.readouterr().err
     assert not (folder / "runs").exists()
@@ -130,6 +145,28 @@ def test_slurm_is_not_started_where_its_directives_cannot_name_the_folder(
         assert told.startswith("error: working directory: ")
         assert "is not allowed with launcher=slurm; allowed: " in told
         assert list((folder / name).iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--render-only"], ["launcher=slurm", "launcher.accelerator=h1000"], ["launcher=slurm"]]
+)
+def test_what_can_be_told_at_once_is_told_before_torch_is_imported(folder: Path, arguments: list[str]) -> None:
+    program = (
+        "import sys; from dist_lowrank.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; "
+        "sys.exit(code)"
+    )
+    command = [sys.executable, "-c", program, "launch", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": str(folder)})
+    assert ended.returncode == ExitCode.CONFIGURATION, ended.stderr
+    assert not (folder / "runs").exists()
+
+
+def test_an_option_that_does_not_exist_is_answered_with_the_usage_of_the_verb(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["launch", "--bogus"])
+    assert capsys.readouterr().err.startswith("usage: dist-lowrank launch [-h] [--render-only]")
 
 
 def test_a_run_that_does_not_fit_its_accelerator_is_not_launched(
@@ -153,7 +190,22 @@ def test_a_prepared_attempt_is_claimed_once_and_every_later_start_makes_the_next
     assert open_run(run).config() == open_run(run / "attempt-1").config()
 
 
-def test_submitting_passes_on_the_exit_code_and_says_which_command_is_missing(
+def test_a_script_starts_the_configuration_that_it_was_rendered_with(folder: Path) -> None:
+    command = ["launch", "--render-only", "launcher=torchrun", "launcher.device=cpu", *TEXT]
+    for settings in (["strategy=ddp", "launcher.nproc_per_node=1"], ["strategy=fsdp", "launcher.nproc_per_node=2"]):
+        assert main([*command, *settings]) == ExitCode.FINISHED
+    (run,) = (folder / "runs").iterdir()
+    for attempt in (1, 2):
+        script = (run / f"attempt-{attempt}" / "launch" / "node-0.sh").read_text()
+        assert script.endswith(f"    -m dist_lowrank.worker runs/{run.name} --of-attempt {attempt}\n")
+    claimed = [claim(run, of_attempt) for of_attempt in (2, 1, 1, 2)]
+    assert [each.attempt for each in claimed] == [2, 3, 4, 5], "each start works on the newest attempt"
+    assert [each.config().strategy.name for each in claimed] == ["fsdp", "ddp", "ddp", "fsdp"]
+    with pytest.raises(ConfigError, match=r"attempt-9: no run is there"):
+        claim(run, 9)
+
+
+def test_submitting_passes_on_the_exit_code_and_says_which_command_does_not_start(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     tools = folder / "tools"
@@ -164,7 +216,8 @@ def test_submitting_passes_on_the_exit_code_and_says_which_command_is_missing(
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     assert main(command) == 7
     assert "Submitted " in capfd.readouterr().out
-    monkeypatch.setenv("PATH", str(folder))
+    (tools / "sbatch").write_text("#!/none/sh\n")
+    monkeypatch.setenv("PATH", str(tools))
     assert main(command) == ExitCode.FAILED
     assert "error: sbatch: No such file or directory; the files are written" in capfd.readouterr().err
 

@@ -24,5 +24,8 @@ def show(value: Any) -> str:
 
 def suggestion(given: Any, known: Iterable[str]) -> str:
     """`did you mean ...? ` for a likely misspelling of one of the known names, else nothing."""
-    matches = difflib.get_close_matches(str(given), list(known), n=1)
+    known = list(known)
+    if given == "gpu" and "cuda" in known:  # not `cpu`, which is nearer in letters only
+        return "did you mean cuda? "
+    matches = difflib.get_close_matches(str(given), known, n=1)
     return f"did you mean {matches[0]}? " if matches else ""

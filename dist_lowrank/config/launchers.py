@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -11,7 +12,7 @@ from dist_lowrank.config.credentials import is_credential
 from dist_lowrank.config.types import STRICT, NonNegativeInt, PositiveInt
 
 # What is rendered into scripts unquoted, or read back by other programs, is kept to plain characters.
-Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]*$", description="a host name or address")]
+Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]*$", description="that is a host name or address")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9._/][A-Za-z0-9._:/@+-]*$", description="without spaces or quotes")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="the name of a variable")]
 ObjectName = Annotated[
@@ -91,19 +92,35 @@ class Nodes(RenderingLauncher):
 
 
 @dataclass(frozen=True, config=STRICT)
-class TorchrunLauncher(Nodes):
-    """One torchrun on each of several hosts, from a script that can as well be started by hand."""
+class Hosts(Nodes):
+    """Nodes that are known by name."""
 
-    name: Literal["torchrun"] = "torchrun"
     hosts: Annotated[tuple[Host, ...], Field(min_length=1)] = ("localhost",)  # the first one hosts the rendezvous
-    min_nodes: PositiveInt | None = None  # with c10d: go on with this many when hosts are lost; null: all are needed
-    remote_shell: tuple[str, ...] = ("ssh", "-tt", "-o", "BatchMode=yes")  # starts `bash SCRIPT` on a host; []: here
     python: Path | None = None  # on the hosts; null: the path of this command's own
     work_directory: Path | None = None  # on the hosts; null: the current one, which they share
 
     @property
     def node_count(self) -> int:
         return len(self.hosts)
+
+    @model_validator(mode="after")
+    def _hosts_differ(self) -> Hosts:
+        twice = sorted({host for host in self.hosts if self.hosts.count(host) > 1})
+        if twice:
+            raise ValueError(
+                f"hosts: {json.dumps(self.hosts)} is not allowed, {', '.join(twice)} more than once; allowed: every "
+                "host once, with one node each (its GPUs: launcher.nproc_per_node)"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class TorchrunLauncher(Hosts):
+    """One torchrun on each of several hosts, from a script that can as well be started by hand."""
+
+    name: Literal["torchrun"] = "torchrun"
+    min_nodes: PositiveInt | None = None  # with c10d: go on with this many when hosts are lost; null: all are needed
+    remote_shell: tuple[str, ...] = ("ssh", "-tt", "-o", "BatchMode=yes")  # starts `bash SCRIPT` on a host; []: here
 
     @property
     def world_sizes(self) -> tuple[int, ...]:
@@ -159,7 +176,9 @@ class SlurmLauncher(Nodes):
     def _image_is_of_pyxis(self) -> SlurmLauncher:
         if (self.image is None) == (self.name == "slurm_pyxis"):
             given, allowed = (
-                ("null", "a .sqsh file or registry#name:tag") if self.image is None else (self.image, "null")
+                ("null", "a .sqsh file or registry#name:tag")
+                if self.image is None
+                else (self.image, "null, or launcher=slurm_pyxis, which runs the nodes in containers")
             )
             raise ValueError(f"image: {given} is not allowed with launcher={self.name}; allowed: {allowed}")
         return self
@@ -237,16 +256,9 @@ class KubernetesLauncher(Container):
 
 
 @dataclass(frozen=True, config=STRICT)
-class DeepSpeedLauncher(Nodes):
+class DeepSpeedLauncher(Hosts):
     """DeepSpeed's launcher and hostfile start one torchrun on each host."""
 
     name: Literal["deepspeed"] = "deepspeed"
-    hosts: Annotated[tuple[Host, ...], Field(min_length=1)] = ("localhost",)  # the first one hosts the rendezvous
     transport: Literal["pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich"] = "pdsh"  # between hosts
     command: Annotated[tuple[Word, ...], Field(min_length=1)] = ("deepspeed",)
-    python: Path | None = None  # on the hosts; null: the path of this command's own
-    work_directory: Path | None = None
-
-    @property
-    def node_count(self) -> int:
-        return len(self.hosts)

@@ -162,27 +162,39 @@ def begin_again(folder: RunFolder) -> RunFolder:
     return create(folder.config(), (folder.attempt_path / "overrides.txt").read_text().splitlines(), folder.path)
 
 
-def claim(run: str | Path) -> RunFolder:
-    """The attempt for ranks that start now: the newest one, unless it has been claimed; else the next one.
+def claim(run: str | Path, of_attempt: int | None = None) -> RunFolder:
+    """The attempt for ranks that start now: a prepared one, or the next one with the same configuration.
 
-    So a job that was prepared once can be started again, by hand or by a scheduler. Call it on one rank.
+    It is the next one if others have claimed the prepared one, or have prepared another since: who works on the newest
+    attempt can be found. So a job that was prepared once can be started again and again, by hand or by a scheduler, as
+    it was prepared. Call it on one rank.
 
     Args:
         run: the run's folder.
+        of_attempt: the prepared attempt; None: the newest.
 
     Raises:
-        ConfigError: there is no run, or its folder cannot be written.
+        ConfigError: there is no such attempt, or its folder cannot be written.
     """
-    folder = open_run(run)
+    newest = open_run(run)
+    folder = newest if of_attempt is None else open_run(newest.path / f"attempt-{of_attempt}")
     try:
-        (folder.attempt_path / "CLAIMED").touch(exist_ok=False)
-    except FileExistsError:
-        folder = begin_again(folder)
-        (folder.attempt_path / "CLAIMED").touch()
+        if folder != newest or not _mark_claimed(folder):
+            folder = begin_again(folder)
+            _mark_claimed(folder)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"{run}: is not allowed ({reason}); allowed: a folder to write in") from error
     return folder
+
+
+def _mark_claimed(folder: RunFolder) -> bool:
+    """False: someone else has."""
+    try:
+        (folder.attempt_path / "CLAIMED").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def open_run(path: str | Path) -> RunFolder:

@@ -206,7 +206,8 @@ def _describe(node: dict[str, Any], schema: dict[str, Any]) -> str:
         items = [_describe(item, schema) for item in node["prefixItems"]]
         return f"a list of {len(items)}: [{', '.join(items)}]"
     if kind == "array":
-        return f"a list of {_describe(node['items'], schema)}"
+        some = "a list that is not empty," if node.get("minItems") else "a list"
+        return f"{some} of {_describe(node['items'], schema)}"
     if kind == "object":
         keys = ", ".join(node.get("properties", {}))
         return f"a section with the keys {keys}" if keys else "a dictionary"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dist_lowrank.config import RunConfig
 from dist_lowrank.config.launchers import RenderingLauncher
-from dist_lowrank.launchers.job import Job, environment, joined, torchrun_options
+from dist_lowrank.launchers.job import Job, environment, joined, torchrun_options, worker_command
 
 WORKSPACE = "/workspace"  # relative paths of the configuration start here
 RUNS = "/runs"
@@ -65,7 +65,7 @@ def container_environment(job: Job[RenderingLauncher]) -> dict[str, str]:
 def container_command(job: Job[RenderingLauncher], rendezvous: list[str]) -> list[str]:
     """torchrun of one node, in groups of words."""
     options = torchrun_options(job, rendezvous)
-    return ["python -m dist_lowrank.torchrun", *options, f"-m dist_lowrank.worker {run_in_container(job)}"]
+    return ["python -m dist_lowrank.torchrun", *options, worker_command(job, run_in_container(job))]
 
 
 def uses_hub(config: RunConfig) -> bool:

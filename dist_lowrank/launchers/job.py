@@ -127,6 +127,15 @@ def rendezvous_options(
     ]
 
 
+def worker_command(job: Job[RenderingLauncher], run: str) -> str:
+    """What torchrun starts once per process: a rank that is configured as the job's attempt.
+
+    Args:
+        run: the run's folder as the ranks see it, as a shell word.
+    """
+    return f"-m dist_lowrank.worker {run} --of-attempt {job.attempt}"
+
+
 def node_script(
     job: Job[RenderingLauncher], about: str, python: str, rendezvous: Sequence[str], prepare: Sequence[str] = ()
 ) -> str:
@@ -144,7 +153,7 @@ def node_script(
     command = [
         f"exec {shlex.quote(python)} -m dist_lowrank.torchrun",
         *torchrun_options(job, rendezvous),
-        f"-m dist_lowrank.worker {shlex.quote(job.run)}",
+        worker_command(job, shlex.quote(job.run)),
     ]
     return "\n".join(lines) + "\n" + " \\\n    ".join(command) + "\n"
 

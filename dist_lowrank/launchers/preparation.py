@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dist_lowrank.config import ConfigError, RunConfig, RunFolder, compose, create, digest, open_run
 from dist_lowrank.config.deepspeed_json import deepspeed_json
+from dist_lowrank.launchers.startable import check_startable
 from dist_lowrank.training.data import check_data
 
 
@@ -28,7 +29,7 @@ def check_run(overrides: Sequence[str], world_size: int | None = None) -> RunCon
         ConfigError: if the run could not work.
     """
     config = compose(overrides)
-    _check(config, world_size)
+    check_config(config, world_size)
     return config
 
 
@@ -70,7 +71,8 @@ def prepare_resume(run: str, overrides: Sequence[str]) -> tuple[RunConfig, RunFo
             f"{' '.join(at_fault or overrides)}: is not allowed, it changes what {last.path} computes; allowed: what "
             f"does not, such as strategy, launcher.nproc_per_node, telemetry (or `dist-lowrank train ... resume={run}`)"
         )
-    _check(config, None)
+    check_startable(config)
+    check_config(config)
     return config, create(config, [*kept, *overrides], last.path)
 
 
@@ -80,7 +82,8 @@ def _without(before: Sequence[str], overrides: Sequence[str]) -> list[str]:
     return [each for each in before if each.partition("=")[0].lstrip("+") not in given]
 
 
-def _check(config: RunConfig, world_size: int | None) -> None:
+def check_config(config: RunConfig, world_size: int | None = None) -> None:
+    """As `check_run`, for a run that has been composed."""
     sizes = (world_size,) if world_size else config.launcher.world_sizes or (resolve_processes(config)[1],)
     for size in sizes:
         check_world(config, size)

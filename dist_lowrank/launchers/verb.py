@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING, Any
 
 from dist_lowrank.exit_codes import ExitCode
@@ -46,11 +45,13 @@ def add_launch(verbs: argparse._SubParsersAction[Any]) -> None:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    from dist_lowrank.config import create
-    from dist_lowrank.launchers.preparation import check_run
+    from dist_lowrank.config import compose, create
+    from dist_lowrank.launchers.preparation import check_config
+    from dist_lowrank.launchers.startable import check_startable
 
-    config = check_run(options.overrides)
-    _check_startable(config, options.render_only)
+    config = compose(options.overrides)
+    check_startable(config, render_only=options.render_only)
+    check_config(config)
     if not _fits(config):
         return ExitCode.DOES_NOT_FIT
     return start(config, create(config, options.overrides), render_only=options.render_only)
@@ -82,27 +83,6 @@ def start(config: RunConfig, folder: RunFolder, *, render_only: bool = False) ->
     return ExitCode.FINISHED if render_only else submit(job)
 
 
-def _check_startable(config: RunConfig, render_only: bool) -> None:
-    """Refuses, before anything is written, what could be rendered but not started from here."""
-    from dist_lowrank.config import ConfigError
-
-    if config.launcher.name == "local":
-        if render_only:
-            raise ConfigError("--render-only: is not allowed with launcher=local; allowed: launchers that write files")
-        return
-    if config.launcher.name == "kubernetes":
-        _check_paths_in_pods(config)
-    if config.launcher.name in ("slurm", "slurm_pyxis"):
-        from dist_lowrank.launchers.slurm import check_paths
-
-        check_paths(config)
-    missing = [name for name in config.launcher.secret_environment if not os.environ.get(name)]
-    if missing and not render_only:
-        raise ConfigError(
-            f"launcher.secret_environment: {', '.join(missing)} is not set here; allowed: variables that are set"
-        )
-
-
 def _fits(config: RunConfig) -> bool:
     """Plans a run for the accelerator that it is for, if that is told, and says what comes out."""
     if config.launcher.name == "local" or config.launcher.accelerator is None:
@@ -117,16 +97,3 @@ def _fits(config: RunConfig) -> bool:
     verdict = verdict_on(planner, config.launcher.accelerator, capacity, _MARGIN)
     print(verdict_line(Report(config, planner.plan(), verdict, (), ())), flush=True)
     return verdict.fits
-
-
-def _check_paths_in_pods(config: RunConfig) -> None:
-    from dist_lowrank.config import ConfigError
-    from dist_lowrank.launchers.containers import RUNS, paths_of
-    from dist_lowrank.launchers.kubernetes import DATA
-
-    for path, _ in paths_of(config):
-        if not path.startswith((f"{DATA}/", f"{RUNS}/")) and path not in (DATA, RUNS):
-            raise ConfigError(
-                f"{path}: is not allowed with launcher=kubernetes, pods do not have it; allowed: paths below {DATA} "
-                f"(launcher.data_claim) and {RUNS} (launcher.claim)"
-            )

@@ -2,7 +2,7 @@
 # One node of llama_tiny-dct_adamw-0123456789ab. DeepSpeed's launcher starts it on each host, as one process, with RANK, MASTER_ADDR and
 # MASTER_PORT. By hand: RANK=0 (1, 2, ...) MASTER_ADDR=(the first host) MASTER_PORT=(a port) bash node.sh
 set -euo pipefail
-cd /data/me/work
+cd /data/me/proj
 export OMP_NUM_THREADS=1
 export PYTHONUNBUFFERED=1
 export GLOO_SOCKET_IFNAME=eth0
@@ -19,4 +19,4 @@ exec /data/me/venv/bin/python -m dist_lowrank.torchrun \
     --rdzv-backend static --rdzv-id llama-tiny-dct-adamw-0123456789ab --rdzv-conf timeout=600 \
     --max-restarts 0 \
     --signals-to-handle SIGTERM,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 120 \
-    -m dist_lowrank.worker runs/llama_tiny-dct_adamw-0123456789ab
+    -m dist_lowrank.worker runs/llama_tiny-dct_adamw-0123456789ab --of-attempt 1

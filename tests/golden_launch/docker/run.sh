@@ -12,9 +12,9 @@ exec docker run --rm --name llama-tiny-dct-adamw-0123456789ab \
     --ulimit memlock=-1:-1 --ulimit stack=67108864 \
     --device /dev/infiniband --cap-add IPC_LOCK \
     --gpus 2 \
-    --volume /data/me/work/runs:/runs \
-    --volume /data/me/work/books:/workspace/books:ro \
-    --volume /data/me/work/more:/data:ro \
+    --volume /data/me/proj/runs:/runs \
+    --volume /data/me/proj/books:/workspace/books:ro \
+    --volume /data/me/proj/more:/data:ro \
     --env HOME=/tmp \
     --env USER=trainer \
     --env XDG_CACHE_HOME=/runs/.cache \
@@ -38,4 +38,4 @@ exec docker run --rm --name llama-tiny-dct-adamw-0123456789ab \
     --nnodes 1 \
     --max-restarts 0 \
     --signals-to-handle SIGTERM,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 120 \
-    -m dist_lowrank.worker /runs/llama_tiny-dct_adamw-0123456789ab
+    -m dist_lowrank.worker /runs/llama_tiny-dct_adamw-0123456789ab --of-attempt 1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One node of llama_tiny-dct_adamw-0123456789ab. job.sbatch starts it on each, with MASTER_ADDR and MASTER_PORT.
 set -euo pipefail
-cd /data/me/work
+cd /data/me/proj
 export OMP_NUM_THREADS=1
 export PYTHONUNBUFFERED=1
 export NCCL_SOCKET_IFNAME='^docker,lo,veth'
@@ -17,4 +17,4 @@ exec python -m dist_lowrank.torchrun \
     --rdzv-conf join_timeout=600,is_host="$((SLURM_NODEID == 0))" \
     --max-restarts 0 \
     --signals-to-handle SIGTERM,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 120 \
-    -m dist_lowrank.worker runs/llama_tiny-dct_adamw-0123456789ab
+    -m dist_lowrank.worker runs/llama_tiny-dct_adamw-0123456789ab --of-attempt 1

@@ -2,7 +2,7 @@
 # Node 1 of 2 of llama_tiny-dct_adamw-0123456789ab, for host node1. Start the scripts of all hosts, in any order.
 # Exit codes: docs/faults.md. After 75, 1 or 76 the same scripts continue the run.
 set -euo pipefail
-cd /data/me/work
+cd /data/me/proj
 export OMP_NUM_THREADS=1
 export PYTHONUNBUFFERED=1
 export GLOO_SOCKET_IFNAME=eth0
@@ -18,4 +18,4 @@ exec /data/me/venv/bin/python -m dist_lowrank.torchrun \
     --rdzv-backend static --rdzv-id llama-tiny-dct-adamw-0123456789ab --rdzv-conf timeout=600 \
     --max-restarts 0 \
     --signals-to-handle SIGTERM,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 120 \
-    -m dist_lowrank.worker runs/llama_tiny-dct_adamw-0123456789ab
+    -m dist_lowrank.worker runs/llama_tiny-dct_adamw-0123456789ab --of-attempt 1

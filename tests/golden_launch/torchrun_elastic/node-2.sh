@@ -2,7 +2,7 @@
 # Node 2 of 3 of llama_tiny-dct_adamw-0123456789ab, for host node2. Start the scripts of all hosts, in any order.
 # Exit codes: docs/faults.md. After 75, 1 or 76 the same scripts continue the run.
 set -euo pipefail
-cd /data/me/work
+cd /data/me/proj
 export OMP_NUM_THREADS=1
 export PYTHONUNBUFFERED=1
 export NCCL_SOCKET_IFNAME='^docker,lo,veth'
@@ -19,4 +19,4 @@ exec /data/me/venv/bin/python -m dist_lowrank.torchrun \
     --rdzv-conf join_timeout=600,is_host=0 \
     --max-restarts 3 \
     --signals-to-handle SIGTERM,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 120 \
-    -m dist_lowrank.worker runs/llama_tiny-dct_adamw-0123456789ab
+    -m dist_lowrank.worker runs/llama_tiny-dct_adamw-0123456789ab --of-attempt 1
