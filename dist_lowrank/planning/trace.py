@@ -7,7 +7,9 @@ tell its memory (`dist_lowrank.telemetry.memory_tracker`) tells what the step ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -93,7 +95,7 @@ def trace(
         with_updates: follow updates too.
     """
     config = config if block_count is None else with_blocks(config, block_count)
-    with pretended_rank(0, world_size):
+    with _without_collection(), pretended_rank(0, world_size):
         model = build_model(config, meta=True)
         if config.strategy.name in ("fsdp", "hsdp"):
             forms = low_rank_forms(route(model, config), config)
@@ -112,6 +114,19 @@ def trace(
             if not with_updates or takes_turns or sum(map(_pieces, jobs)) > MOST_PIECES:
                 return Trace(passes, traffic, None, *bounds)
             return Trace(passes, traffic, _updates(config, model, optimizer, numbers), *bounds)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Garbage in cycles that went in the middle of a step would move its peak, now here, now there."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def with_blocks(config: RunConfig, count: int) -> RunConfig:
