@@ -186,7 +186,7 @@ def test_stepped_optimizers_hold_what_is_planned(world_size: int) -> None:
     ]
     for options in OPTIONS:
         settings(options)  # here, so that the ranks need not
-    by_rank = run_on_ranks(world_size, _stepped, cases)
+    by_rank = run_on_ranks(world_size, _stepped, cases, timeout_seconds=250)
     for number, (options, strategy, steps) in enumerate(cases):
         expected = planned(configured(options, strategy, world_size), world_size, steps)
         del expected["gradients"]
