@@ -74,7 +74,9 @@ def _plan(options: argparse.Namespace) -> int:
 
     planner = Planner(config, world_size, device_type, traced=not options.no_trace)
     plan = planner.plan()
-    sent = planner.estimate.traffic if planner.estimate else forecast_traffic(config, world_size)
+    # Rows that DeepSpeed's cuts tear do not grow by block.
+    by_block = not config.strategy.zero_stage
+    sent = planner.estimate.traffic if planner.estimate and by_block else forecast_traffic(config, world_size)
     verdict = verdict_on(planner, *capacity, margin) if capacity and not options.no_trace else None
     report = Report(config, plan, verdict, sent, strategy_traffic(config, planner.parameters, world_size))
     with _ending_with_its_reader():
