@@ -45,6 +45,12 @@ if [ -z "$$early" ]; then
         code=$$?
         kill -0 "$$step" 2>/dev/null || break
     done
+    # If it did when the step had just ended, bash still knows how.
+    if [ "$$code" -gt 128 ]; then
+        wait "$$step"
+        again=$$?
+        [ "$$again" -eq 127 ] || code=$$again
+    fi
 fi
 echo "$run ended with exit code $$code (docs/faults.md)"
 
