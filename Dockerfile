@@ -8,7 +8,8 @@ ARG BASE_IMAGE=python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS builder
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PIP_ROOT_USER_ACTION=ignore
+    PIP_ROOT_USER_ACTION=ignore \
+    PIP_CACHE_DIR=/cache/build/pip
 WORKDIR /build
 # Without pip of its own: the base's pip installs into it, and the image needs none.
 RUN python3 -m venv --without-pip /opt/venv
