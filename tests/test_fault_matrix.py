@@ -21,6 +21,7 @@ from dist_lowrank.checkpoint.folders import committed, step_of
 from dist_lowrank.checkpoint.manifest import open_checkpoint, verify_files
 from dist_lowrank.config import RunFolder, begin_again, compose
 from dist_lowrank.config.validate import from_dict, to_dict
+from dist_lowrank.exit_codes import ExitCode
 
 SETTINGS = (
     *("train.steps=9", "train.eval_sequences=2", "train.max_skipped_steps=2"),
@@ -88,6 +89,20 @@ def test_a_fault_has_its_documented_outcome_and_the_run_goes_on(
         last = open_checkpoint(committed(folder.checkpoints)[-1])
         assert last.sidecar.step == 9
         assert last.sidecar.progress["skipped_steps"] == 1
+
+
+def test_a_run_whose_last_state_cannot_be_saved_is_not_finished(text: str, tmp_path: Path) -> None:
+    overrides = overrides_for(text, tmp_path, *SETTINGS, f"train.steps={AT_STEP}")
+    folder = folder_of(overrides)
+    fault = Fault("exception", "save", folder)
+    codes = wait_for(start_workers(folder, lambda rank: fault.arm() if rank == 1 else None))
+    assert codes == [ExitCode.FAILED] * 2, _said(folder)
+    assert "a fault of the test (rank 1); so the run is not finished" in _said(folder)
+    assert not folder.is_finished
+    folder = begin_again(folder)
+    assert wait_for(start_workers(folder)) == [0, 0], _said(folder)
+    assert folder.is_finished
+    assert step_of(committed(folder.checkpoints)[-1]) == AT_STEP
 
 
 def _continue(folder: RunFolder, overrides: list[str], expected: Outcome, kind: str) -> RunFolder:

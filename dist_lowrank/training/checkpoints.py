@@ -25,6 +25,7 @@ from dist_lowrank.checkpoint.shards import Shard
 from dist_lowrank.checkpoint.state import TrainingState
 from dist_lowrank.config import ConfigError, RunConfig, RunFolder, digest, to_dict
 from dist_lowrank.config.run_folder import versions
+from dist_lowrank.exit_codes import RunFailure
 from dist_lowrank.telemetry.console import Console, quantity
 from dist_lowrank.training.data.batches import Batches
 
@@ -115,6 +116,11 @@ class Checkpoints:
     def is_saved(self, step: int) -> bool:
         """Whether the state after this step is in a checkpoint; call it after `close`."""
         return self._saved_step == step and self._problem is None
+
+    def check_saved(self, step: int) -> None:
+        """Ends a run whose last state is in no checkpoint, so that it does not pass for finished; after `close`."""
+        if not self.is_saved(step):
+            raise RunFailure(f"{self._problem}; so the run is not finished")
 
     def close(self) -> None:
         """Waits until what is being saved is saved."""

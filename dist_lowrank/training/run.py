@@ -181,6 +181,8 @@ class Trainer:
                     self._save(step)
             self.checkpoints.close()
         self.console.close()
+        if self.config.checkpoint.at_end:
+            self.checkpoints.check_saved(steps)
         check_not_mostly_skipped(self.progress.skipped_steps, steps)
         self._finish(steps)
         return ExitCode.FINISHED
