@@ -24,25 +24,37 @@ _ROWS, _COLUMNS, _INNER = 64, 64, 32  # of a tile
 
 
 @triton.jit
-def _column_energy(
-    rows, atoms, partials, length, n: tl.constexpr, row_stride, entry_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
+def _projected(
+    rows, atoms, row, known_row, column, known_column, n: tl.constexpr, row_stride, entry_stride, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    """A tile of `rows @ D`, (ROWS, COLUMNS): of these rows and columns; zero where they are not known."""
     sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, n, INNER):
         entry = start + tl.arange(0, INNER).to(tl.int64)
         inside = entry < n
         left = tl.load(
             rows + row[:, None] * row_stride + entry[None, :] * entry_stride,
-            mask=(row < length)[:, None] & inside[None, :],
+            mask=known_row[:, None] & inside[None, :],
             other=0.0,
         )
         right = tl.load(
-            atoms + column[None, :] * n + entry[:, None], mask=(column < n)[None, :] & inside[:, None], other=0.0
+            atoms + column[None, :] * n + entry[:, None], mask=known_column[None, :] & inside[:, None], other=0.0
         )
         sums = tl.dot(left.to(right.dtype), right, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def _column_energy(
+    rows, atoms, partials, length, n: tl.constexpr, row_stride, entry_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    sums = _projected(
+        rows, atoms, row, row < length, column, column < n, n, row_stride, entry_stride, ROWS, COLUMNS, INNER
+    )  # fmt: skip
     tl.store(partials + tl.program_id(0) * n + column, tl.sum(sums * sums, axis=0), mask=column < n)
 
 
@@ -55,19 +67,9 @@ def _project_and_direct(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     slot = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     column = tl.load(indices + slot, mask=slot < rank, other=0)
-    sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, n, INNER):
-        entry = start + tl.arange(0, INNER).to(tl.int64)
-        inside = entry < n
-        left = tl.load(
-            rows + row[:, None] * row_stride + entry[None, :] * entry_stride,
-            mask=(row < length)[:, None] & inside[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            atoms + column[None, :] * n + entry[:, None], mask=(slot < rank)[None, :] & inside[:, None], other=0.0
-        )
-        sums = tl.dot(left.to(right.dtype), right, sums, input_precision="ieee")
+    sums = _projected(
+        rows, atoms, row, row < length, column, slot < rank, n, row_stride, entry_stride, ROWS, COLUMNS, INNER
+    )  # fmt: skip
     place = row[:, None] * rank + slot[None, :]
     known = (row < length)[:, None] & (slot < rank)[None, :]
     first = tl.load(mean + place, mask=known, other=0.0)
