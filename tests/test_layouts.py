@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -11,8 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_lowrank.sharding.exchanged import ColumnBlock, FlatColumns, FlatRows, FlatSlice, flat_layout
-from dist_lowrank.sharding.layouts import Layout, chunk_range, tall_form
+from dist_lowrank.sharding.exchanged import (
+    ColumnBlock,
+    Delivered,
+    Exchanged,
+    FlatColumns,
+    FlatRows,
+    FlatSlice,
+    flat_layout,
+)
+from dist_lowrank.sharding.layouts import chunk_range, tall_form
 
 shapes = st.tuples(st.integers(1, 7), st.integers(1, 7))
 
@@ -26,7 +35,7 @@ def flat_matrices(draw: st.DrawFn) -> tuple[tuple[int, int], list[FlatSlice], st
     return shape, slices, draw(st.sampled_from(["left", "right"]))
 
 
-def fetch(layouts: list[Layout], local: list[Tensor]) -> list[Tensor]:
+def fetch(layouts: Sequence[Exchanged], local: list[Tensor]) -> list[Tensor]:
     """What `transport.fetch_rows` does, all ranks in one process."""
     if not layouts[0].exchanges:
         return [layout.assemble(part, []) for layout, part in zip(layouts, local, strict=True)]
@@ -39,14 +48,18 @@ def fetch(layouts: list[Layout], local: list[Tensor]) -> list[Tensor]:
     return rows
 
 
-def deliver(layouts: list[Layout], weights: list[Tensor], updates: list[Tensor]) -> None:
+def deliver(layouts: Sequence[Exchanged], weights: list[Tensor], updates: list[Tensor]) -> None:
     """Adds this multiple of the lifted rows: weight = 0.5 weight - 2 update."""
-    if layouts[0].delivery() == "own rows":
-        for layout, weight, rows in zip(layouts, weights, updates, strict=True):
+    for layout, weight, rows in zip(layouts, weights, updates, strict=True):
+        if isinstance(layout, FlatRows):
             layout.add_rows(weight, rows, decay=0.5, scale=-2.0)
-        return
-    sent = [layout.outgoing_update(rows) for layout, rows in zip(layouts, updates, strict=True)]
-    for rank, layout in enumerate(layouts):
+    delivered = [layout for layout in layouts if isinstance(layout, Delivered)]
+    sent = [
+        layout.outgoing_update(rows)
+        for layout, rows in zip(layouts, updates, strict=True)
+        if isinstance(layout, Delivered)
+    ]
+    for rank, layout in enumerate(delivered):
         received = [sent[source][rank] for source in range(len(layouts))]
         assert [tuple(piece.shape) for piece in received] == layout.incoming_update_shapes()
         layout.add_update(weights[rank], received, decay=0.5, scale=-2.0)
@@ -56,7 +69,7 @@ def deliver(layouts: list[Layout], weights: list[Tensor], updates: list[Tensor])
 def test_flat_slices_come_together_as_rows_and_go_back(matrix: tuple[tuple[int, int], list[FlatSlice], str]) -> None:
     shape, slices, side = matrix
     form = tall_form(shape, side, 1)
-    layouts: list[Layout] = [flat_layout(form, slices, rank, None) for rank in range(len(slices))]
+    layouts = [flat_layout(form, slices, rank, None) for rank in range(len(slices))]
     full = torch.arange(1.0, math.prod(shape) + 1).view(shape)
     local = [full.flatten()[each.start : each.stop].clone() for each in slices]
     rows = fetch(layouts, local)
@@ -78,13 +91,13 @@ def test_flat_slices_come_together_as_rows_and_go_back(matrix: tuple[tuple[int, 
 @given(shapes, st.integers(2, 6), st.sampled_from(["left", "right"]))
 def test_column_blocks_come_together_as_rows_and_go_back(shape: tuple[int, int], ranks: int, side: str) -> None:
     form = tall_form(shape, side, 1)
-    layouts: list[Layout] = []
+    layouts: list[ColumnBlock] = []
     for rank in range(ranks):
         start, stop = chunk_range(form.rows, ranks, rank)
         layouts.append(ColumnBlock(form=form, start=start, stop=stop, rank=rank, world_size=ranks))
     full = torch.arange(1.0, math.prod(shape) + 1).view(shape)
     axis = 1 - form.rows_axis
-    local = [full.narrow(axis, (c := layout.columns).start, c.stop - c.start).clone() for layout in layouts]  # type: ignore[attr-defined]
+    local = [full.narrow(axis, (c := layout.columns).start, c.stop - c.start).clone() for layout in layouts]
     rows = fetch(layouts, local)
     for layout, own in zip(layouts, rows, strict=True):
         assert torch.equal(own, form.view(full)[layout.start : layout.stop])

@@ -23,6 +23,7 @@ from dist_lowrank.optim.recipe import SCALES, Recipe, Update
 from dist_lowrank.optim.rounding import RandomBits, RowNoise, store_weight
 from dist_lowrank.optim.subspace import Place
 from dist_lowrank.optim.transient import held_bytes, whole_columns
+from dist_lowrank.sharding.exchanged import Delivered, FlatRows
 from dist_lowrank.sharding.layouts import TallForm, local
 from dist_lowrank.sharding.rounds import Task, ranks_that_differ, run_rounds
 from dist_lowrank.sharding.transport import exchange_updates, fetch_rows, gather_coefficients
@@ -110,9 +111,9 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
         weight = matrix.piece.view(local(matrix.parameter.detach()))
         target = weight.to(matrix.dtype)  # the weight itself unless it is of lower precision
         decay, scale = step_size(recipe, layout.form)
-        if deliveries[index] == "rows":
+        if isinstance(layout, Delivered) and deliveries[index] == "rows":
             layout.add_update(target, arrived[index], decay=decay, scale=scale)
-        elif deliveries[index] == "own rows":
+        elif isinstance(layout, FlatRows):
             layout.add_rows(target, lifted[index], decay=decay, scale=scale)
         else:
             view = layout.form.view(target)

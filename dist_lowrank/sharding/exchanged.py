@@ -17,6 +17,7 @@ All of it is arithmetic on who holds what, which every rank knows; `dist_lowrank
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,15 +31,52 @@ from dist_lowrank.sharding.layouts import Layout, TallForm, chunk_range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ColumnBlock(Layout):
+class Exchanged(Layout):
+    """Parts of rows go to the ranks that work on them. Shapes and order are what every rank can work out."""
+
+    @property
+    def exchanges(self) -> bool:
+        return True
+
+    @abstractmethod
+    def outgoing(self, gradient: Tensor) -> list[Tensor]:
+        """What this rank sends of its local gradient, by rank."""
+
+    @abstractmethod
+    def incoming_shapes(self) -> Sequence[tuple[int, ...]]:
+        """Of what it receives, by rank."""
+
+    @abstractmethod
+    def assemble(self, gradient: Tensor, incoming: Sequence[Tensor]) -> Tensor:
+        """This rank's rows, (stop - start, n); nothing is incoming where no exchange is needed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivered(Exchanged):
+    """Updated rows go back to the ranks that hold parts of them."""
+
+    def delivery(self, full_rows: bool = False) -> str:
+        return "rows"
+
+    @abstractmethod
+    def outgoing_update(self, rows: Tensor) -> list[Tensor]:
+        """What this rank sends of the lifted update of its rows, (stop - start, n), by rank."""
+
+    @abstractmethod
+    def incoming_update_shapes(self) -> Sequence[tuple[int, ...]]:
+        """Of what it receives, by rank."""
+
+    @abstractmethod
+    def add_update(self, weight: Tensor, incoming: Sequence[Tensor], *, decay: float, scale: float) -> None:
+        """In place: `weight = decay * weight + scale * update` on the local tensor of the parameter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnBlock(Delivered):
     """All rows of the tall form, and of each a block of its columns."""
 
     rank: int
     world_size: int
-
-    @property
-    def exchanges(self) -> bool:
-        return self.world_size > 1
 
     def delivery(self, full_rows: bool = False) -> str:
         return "coefficients" if self.form.rank * self.world_size <= self.form.n and not full_rows else "rows"
@@ -140,7 +178,7 @@ class FlatSlice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Flat(Layout):
+class _Flat(Exchanged):
     """What the layouts of flat slices share."""
 
     rank: int
@@ -153,13 +191,6 @@ class _Flat(Layout):
     @property
     def offset(self) -> tuple[int, ...]:
         return (self.own.start,)
-
-    @property
-    def exchanges(self) -> bool:
-        return True
-
-    def delivery(self, full_rows: bool = False) -> str:
-        return "rows"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,11 +258,12 @@ class FlatRows(_Flat):
         return rows
 
     def add_rows(self, weight: Tensor, rows: Tensor, *, decay: float, scale: float) -> None:
+        """In place: `weight = decay * weight + scale * rows`, of this rank's own lifted rows what its slice holds."""
         weight.mul_(decay).add_(self.own.cut(rows), alpha=scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FlatColumns(_Flat):
+class FlatColumns(_Flat, Delivered):
     """A flat slice whose matrix columns are the rows of the tall form (the left side)."""
 
     @property
@@ -266,7 +298,7 @@ class FlatColumns(_Flat):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MovedRows(_Flat):
+class MovedRows(_Flat, Delivered):
     """A flat slice whose matrix rows are the rows of the tall form, worked on in even blocks of rows.
 
     For matrices whose state has to be sharded evenly though they are not: pieces of a DTensor.

@@ -15,6 +15,7 @@ Blocks follow `torch.chunk`, as DTensor's do: ceil(L / W) rows each, the last on
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,7 @@ def chunk_range(length: int, parts: int, index: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class Layout(ABC):
     """The rows of one matrix, in tall form, that this rank works on and keeps the state of."""
 
     form: TallForm
@@ -109,6 +110,7 @@ class Layout:
         """Whether ranks have to exchange parts of the gradient before rows are whole; the same on all ranks."""
         return False
 
+    @abstractmethod
     def delivery(self, full_rows: bool = False) -> str:
         """How the update gets from the rows worked on to the parameter's local tensor.
 
@@ -118,7 +120,6 @@ class Layout:
         `local`: they are the same rows. `coefficients`: the directions of all ranks are gathered, L x r, and lifted on
         each. `rows`: lifted rows are exchanged. `own rows`: lifted rows are cut.
         """
-        return "local"
 
     @property
     def owned(self) -> slice:
@@ -134,9 +135,9 @@ class Layout:
         return self.rows_by_rank()
 
     @property
+    @abstractmethod
     def offset(self) -> tuple[int, ...]:
         """Where this rank's part begins in the matrix: row and column, or, for a flat slice, the element."""
-        raise NotImplementedError
 
     @property
     def columns(self) -> slice:
@@ -161,35 +162,6 @@ class Layout:
     def largest_part(self) -> int:
         """Elements of the fullest rank's local tensor of the parameter, or a few more; the same on every rank."""
         return self.form.n * self.largest_block
-
-    # Exchanges; only layouts that have them define these. Shapes and order are what every rank can work out. ---------
-
-    def outgoing(self, gradient: Tensor) -> list[Tensor]:
-        """What this rank sends of its local gradient, by rank."""
-        raise NotImplementedError
-
-    def incoming_shapes(self) -> Sequence[tuple[int, ...]]:
-        """Of what it receives, by rank."""
-        raise NotImplementedError
-
-    def assemble(self, gradient: Tensor, incoming: Sequence[Tensor]) -> Tensor:
-        """This rank's rows, (stop - start, n)."""
-        raise NotImplementedError
-
-    def outgoing_update(self, rows: Tensor) -> list[Tensor]:
-        """What it sends of the lifted update of its rows, (stop - start, n), by rank."""
-        raise NotImplementedError
-
-    def incoming_update_shapes(self) -> Sequence[tuple[int, ...]]:
-        raise NotImplementedError
-
-    def add_update(self, weight: Tensor, incoming: Sequence[Tensor], *, decay: float, scale: float) -> None:
-        """In place: `weight = decay * weight + scale * update` on the local tensor of the parameter."""
-        raise NotImplementedError
-
-    def add_rows(self, weight: Tensor, rows: Tensor, *, decay: float, scale: float) -> None:
-        """The same from this rank's own lifted rows."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

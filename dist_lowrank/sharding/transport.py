@@ -6,12 +6,13 @@ group, dtype and device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dist_lowrank.sharding.exchanged import Delivered, Exchanged
 from dist_lowrank.sharding.layouts import Layout, RowBlock
 from dist_lowrank.sharding.rounds import exchange, gather_rows
 
@@ -22,16 +23,17 @@ def fetch_rows(layouts: Sequence[Layout], gradients: Sequence[Tensor], dtypes: S
         layout.rows(gradient).to(dtype) if isinstance(layout, RowBlock) else gradient.to(dtype)
         for layout, gradient, dtype in zip(layouts, gradients, dtypes, strict=True)
     ]
-    for group, members in _channels(layouts, rows, [layout.exchanges for layout in layouts]):
+    exchanged = {index: layout for index, layout in enumerate(layouts) if isinstance(layout, Exchanged)}
+    for group, members in _channels({k: layout for k, layout in exchanged.items() if layout.exchanges}, rows):
         incoming = exchange(
-            [layouts[index].outgoing(rows[index]) for index in members],
-            [layouts[index].incoming_shapes() for index in members],
+            [exchanged[index].outgoing(rows[index]) for index in members],
+            [exchanged[index].incoming_shapes() for index in members],
             group,
         )
         for index, arrived in zip(members, incoming, strict=True):
-            rows[index] = layouts[index].assemble(rows[index], arrived)
-    for index, layout in enumerate(layouts):
-        if not isinstance(layout, RowBlock) and not layout.exchanges:
+            rows[index] = exchanged[index].assemble(rows[index], arrived)
+    for index, layout in exchanged.items():
+        if not layout.exchanges:
             rows[index] = layout.assemble(rows[index], [])
     return rows
 
@@ -41,35 +43,38 @@ def gather_coefficients(
 ) -> list[Tensor]:
     """Completes directions, (stop - start, r) to (L, r), where coefficients are delivered."""
     complete = list(directions)
-    for group, members in _channels(layouts, directions, [delivery == "coefficients" for delivery in deliveries]):
-        blocks = [(directions[index], layouts[index].form.rows) for index in members]
-        for index, gathered in zip(members, gather_rows(blocks, group), strict=True):
-            complete[index] = gathered
+    gathered = {k: layout for k, layout in enumerate(layouts) if deliveries[k] == "coefficients"}
+    for group, members in _channels(gathered, directions):
+        blocks = [(directions[index], gathered[index].form.rows) for index in members]
+        for index, whole in zip(members, gather_rows(blocks, group), strict=True):
+            complete[index] = whole
     return complete
 
 
 def exchange_updates(
     layouts: Sequence[Layout], lifted: Sequence[Tensor], deliveries: Sequence[str]
-) -> list[list[Tensor]]:
-    """What came from each rank for this rank's part of the weights, where rows are delivered."""
-    arrived: list[list[Tensor]] = [[] for _ in layouts]
-    for group, members in _channels(layouts, lifted, [delivery == "rows" for delivery in deliveries]):
+) -> dict[int, list[Tensor]]:
+    """What came from each rank for this rank's part of the weights, where rows are delivered; by matrix."""
+    delivered = {
+        index: layout
+        for index, layout in enumerate(layouts)
+        if isinstance(layout, Delivered) and deliveries[index] == "rows"
+    }
+    arrived: dict[int, list[Tensor]] = {}
+    for group, members in _channels(delivered, lifted):
         incoming = exchange(
-            [layouts[index].outgoing_update(lifted[index]) for index in members],
-            [layouts[index].incoming_update_shapes() for index in members],
+            [delivered[index].outgoing_update(lifted[index]) for index in members],
+            [delivered[index].incoming_update_shapes() for index in members],
             group,
         )
-        for index, pieces in zip(members, incoming, strict=True):
-            arrived[index] = pieces
+        arrived.update(zip(members, incoming, strict=True))
     return arrived
 
 
-def _channels(
-    layouts: Sequence[Layout], tensors: Sequence[Tensor], wanted: Sequence[bool]
-) -> list[tuple[Any, list[int]]]:
-    """The wanted matrices that can share a collective: process group, and positions."""
+def _channels(layouts: Mapping[int, Layout], tensors: Sequence[Tensor]) -> list[tuple[Any, list[int]]]:
+    """Those of the matrices at these positions that can share a collective: process group, and positions."""
     channels: dict[tuple[Any, torch.dtype, torch.device], list[int]] = {}
-    for index, (layout, tensor) in enumerate(zip(layouts, tensors, strict=True)):
-        if wanted[index]:
-            channels.setdefault((layout.group, tensor.dtype, tensor.device), []).append(index)
+    for index, layout in layouts.items():
+        tensor = tensors[index]
+        channels.setdefault((layout.group, tensor.dtype, tensor.device), []).append(index)
     return [(group, members) for (group, _, _), members in channels.items()]
