@@ -9,7 +9,7 @@ Counted is what the optimizer sends. What DDP and FSDP2 send for gradients and w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -38,9 +38,6 @@ PURPOSES = (
     "updates",
     "verification",
 )
-
-
-Share = tuple[BoundMatrix, int, torch.dtype]  # what a matrix puts in a collective: elements, and of which dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +104,8 @@ def collectives_of_dictionaries(optimizer: LowRankOptimizer) -> list[Collective]
     for roles, waves in learning_waves(jobs, workspace_bytes):
         for wave in waves:
             matrices = [matrix for matrix, _ in wave if matrix.present]
-            collectives += _fused("rows", "all_to_all", _fetched(matrices))
+            fetched = [(matrix, _fetched(matrix), matrix.dtype) for matrix in matrices if matrix.layout.exchanges]
+            collectives += _fused("rows", "all_to_all", fetched)
             summed = [(matrix, 1, matrix.dtype) for matrix in matrices if matrix.layout.group is not None]
             collectives += _fused("traces", "all_reduce", summed)
         by_channel: dict[tuple[Any, ...], int] = {}
@@ -131,7 +129,8 @@ def _jobs(optimizer: LowRankOptimizer) -> list[Job]:
 def _of_wave(wave: Sequence[Job], refresh: bool, step: int | None) -> Iterator[Collective]:
     wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
     matrices = [matrix for matrix, _ in wave]
-    yield from _fused("rows", "all_to_all", _fetched(matrices))
+    fetched = [(matrix, _fetched(matrix), matrix.dtype) for matrix in matrices if matrix.layout.exchanges]
+    yield from _fused("rows", "all_to_all", fetched)
     rounds = [
         recipe.rounds(matrix.layout.form, refresh if step is None else recipe.refreshes(step))
         for matrix, recipe in wave
@@ -153,8 +152,12 @@ def _of_wave(wave: Sequence[Job], refresh: bool, step: int | None) -> Iterator[C
         if delivery == "coefficients"
     ]
     yield from _fused("coefficients", "all_gather", gathered)
-    returned = [matrix for matrix, delivery in zip(matrices, deliveries, strict=True) if delivery == "rows"]
-    yield from _fused("updates", "all_to_all", _returned(returned))
+    returned = [
+        (matrix, _returned(matrix), matrix.dtype)
+        for matrix, delivery in zip(matrices, deliveries, strict=True)
+        if delivery == "rows"
+    ]
+    yield from _fused("updates", "all_to_all", returned)
 
 
 def _to_owners(matrices: Sequence[tuple[BoundMatrix, Whole]]) -> Iterator[Collective]:
@@ -185,7 +188,7 @@ def _of_verification(matrices: Sequence[BoundMatrix]) -> Iterator[Collective]:
         yield Collective("verification", "all_gather", torch.int64, count)
 
 
-def _fused(purpose: str, operation: str, sent: Iterable[Share]) -> Iterator[Collective]:
+def _fused(purpose: str, operation: str, sent: Sequence[tuple[BoundMatrix, int, torch.dtype]]) -> Iterator[Collective]:
     """One collective per process group, dtype and device, from the elements that each matrix puts in it."""
     totals: dict[tuple[dist.ProcessGroup | None, torch.dtype, torch.device], int] = {}
     for matrix, elements, dtype in sent:
@@ -195,21 +198,20 @@ def _fused(purpose: str, operation: str, sent: Iterable[Share]) -> Iterator[Coll
         yield Collective(purpose, operation, dtype, total)
 
 
-def _fetched(matrices: Sequence[BoundMatrix]) -> Iterator[Share]:
-    """Of the gradients that this rank sends so that rows become whole."""
-    for matrix in matrices:
-        if isinstance(matrix.layout, Exchanged) and matrix.layout.exchanges:
-            gradient = torch.empty_like(local(matrix.parameter), device="meta", memory_format=torch.contiguous_format)
-            yield matrix, _elements(matrix.layout.outgoing(matrix.piece.view(gradient))), matrix.dtype
+def _fetched(matrix: BoundMatrix) -> int:
+    """Elements of its gradient that this rank sends so that rows become whole."""
+    if not isinstance(matrix.layout, Exchanged):
+        return 0
+    gradient = torch.empty_like(local(matrix.parameter), device="meta", memory_format=torch.contiguous_format)
+    return _elements(matrix.layout.outgoing(matrix.piece.view(gradient)))
 
 
-def _returned(matrices: Sequence[BoundMatrix]) -> Iterator[Share]:
-    """Of the updated rows that this rank sends back."""
-    for matrix in matrices:
-        layout = matrix.layout
-        if isinstance(layout, Delivered):
-            rows = torch.empty(layout.stop - layout.start, layout.form.n, device="meta")
-            yield matrix, _elements(layout.outgoing_update(rows)), matrix.dtype
+def _returned(matrix: BoundMatrix) -> int:
+    """Elements of the updated rows that this rank sends back."""
+    layout = matrix.layout
+    if not isinstance(layout, Delivered):
+        return 0
+    return _elements(layout.outgoing_update(torch.empty(layout.stop - layout.start, layout.form.n, device="meta")))
 
 
 def _elements(tensors: Sequence[Tensor]) -> int:
