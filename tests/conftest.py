@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 from support_matrix import Claim, claims_of, render, with_table
 
+from dist_lowrank.config.schema import TextData
+
+# Two runs of this package, 12 steps in 2 processes, made with the commands in their provenance.json.
+STORED_RUNS = Path(__file__).parent / "stored_runs"
 README = Path(__file__).parents[1] / "README.md"
 FAULTS_PAGE = Path(__file__).parents[1] / "docs" / "faults.md"
 
@@ -19,6 +24,29 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     from small_runs import write_text
 
     return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of twenty files of prose."""
+    from small_data import write_prose
+
+    return write_prose(tmp_path_factory.mktemp("prose"))
+
+
+@pytest.fixture(scope="module")
+def text_config(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TextData:
+    """That prose as data, with a cache of its own."""
+    cache = tmp_path_factory.mktemp("cache")
+    return TextData(source="text", path=str(text_folder), sequence_length=16, vocab_size=300, cache=str(cache))
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the stored runs, as working directory."""
+    shutil.copytree(STORED_RUNS, tmp_path / "stored")
+    monkeypatch.chdir(tmp_path / "stored")
+    return tmp_path / "stored"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

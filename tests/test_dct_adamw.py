@@ -197,80 +197,6 @@ def test_the_update_lies_in_the_span_of_the_selected_columns(side: str) -> None:
         assert torch.linalg.matrix_rank(update) == 4
 
 
-def test_error_feedback_loses_nothing_and_stays_within_its_bound() -> None:
-    shape, r = (15, 10), 3
-    D = dense_dictionary("dct2", 10)
-    parameter = Parameter(initial_weight(shape))
-    optimizer = DCTAdamW([parameter], betas=(0.0, 0.9), rank=r, error_feedback="fp32")
-    applied, total, before = torch.zeros(shape).double(), torch.zeros(shape).double(), torch.zeros(shape).double()
-    for gradient in prescribed_gradients(shape, 30):
-        feed(optimizer, [parameter], [gradient])
-        state = optimizer.state[parameter]
-        assert state["error_feedback"].dtype == torch.float32
-        indices, error = (
-            state["indices"].long(),
-            state["error_feedback"].double(),
-        )  # (r,), (L, n) in dictionary coordinates
-        # With beta1 = 0 the first moment is what was applied at this step.
-        applied += state["exp_avg"].double() @ D[:, indices].T
-        total += gradient
-        torch.testing.assert_close(applied + error @ D.T, total, rtol=0, atol=1e-5)
-        assert (error[:, indices] == 0).all()
-        fed = (gradient + before @ D.T).square().sum()
-        assert error.square().sum() <= (1 - r / 10) * fed * (1 + 1e-6)
-        before = error
-
-
-@pytest.mark.parametrize("refresh_interval", [1, 4])
-@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
-def test_returning_dropped_momentum_applies_every_gradient_in_full(beta: float, refresh_interval: int) -> None:
-    """What the first moments applied, what they still will, and the error add up to the gradients."""
-    D = dense_dictionary("dct2", 10)
-    sums: dict[bool, torch.Tensor] = {}
-    for returned in (True, False):
-        parameter = Parameter(initial_weight((15, 10)))
-        optimizer = DCTAdamW(
-            [parameter],
-            betas=(beta, 0.9),
-            rank=3,
-            error_feedback="fp32",
-            error_feedback_momentum=returned,
-            refresh_interval=refresh_interval,
-        )
-        total = torch.zeros(15, 10).double()
-        for gradient in prescribed_gradients((15, 10), 30):
-            feed(optimizer, [parameter], [gradient])
-            state = optimizer.state[parameter]
-            moment = state["exp_avg"] @ D[:, state["indices"].long()].T
-            total += moment - gradient
-        sums[returned] = total + beta / (1 - beta) * moment + state["error_feedback"].double() @ D.T
-    torch.testing.assert_close(sums[True], torch.zeros_like(sums[True]), rtol=0, atol=1e-4)
-    assert bool((sums[False].abs() > 0.1).any()) == (beta > 0)  # without it, momentum is lost
-
-
-@pytest.mark.parametrize("error_feedback", ["int8", "int4"])
-def test_low_bit_error_feedback_is_the_error_to_half_a_step_of_its_row(error_feedback: str) -> None:
-    levels = 2 ** int(error_feedback.removeprefix("int")) - 1
-    D = dense_dictionary("dct2", 11)
-    parameter = Parameter(initial_weight((15, 11)))
-    optimizer = DCTAdamW([parameter], rank=3, error_feedback=error_feedback)
-    before = torch.zeros(15, 11, dtype=torch.float64)  # in coordinates, as decoded
-    for gradient in prescribed_gradients((15, 11), 20):
-        feed(optimizer, [parameter], [gradient])
-        state = optimizer.state[parameter]
-        codes, ranges = state["error_feedback"], state["error_feedback_ranges"].double()
-        assert codes.dtype == torch.uint8
-        if error_feedback == "int4":
-            assert codes.shape == (15, 6)
-            codes = torch.stack([codes % 16, codes // 16], dim=2).reshape(15, 12)[:, :11]
-        stored = codes.double() * ranges[:, 1:] + ranges[:, :1]
-        exact = gradient @ D + before
-        exact[:, state["indices"].long()] = 0
-        span = exact.amax(1, keepdim=True) - exact.amin(1, keepdim=True)
-        assert ((stored - exact).abs() <= span / levels / 2 * (1 + 1e-4)).all()
-        before = stored
-
-
 @pytest.mark.parametrize("betas", [(0.9, 0.99), (0.9, 0.999)], ids=str)
 @pytest.mark.parametrize("decades", [0, 2, 4])
 def test_int8_moments_descend_a_noisy_quadratic_as_float32_does(decades: float, betas: tuple[float, float]) -> None:
@@ -294,39 +220,6 @@ def test_int8_moments_descend_a_noisy_quadratic_as_float32_does(decades: float, 
     assert losses[torch.int8] == pytest.approx(losses[torch.float32], rel=0.1)
 
 
-@pytest.mark.parametrize("column_bias_correction", [False, True])
-def test_int8_moments_move_with_their_columns_and_fresh_columns_start_at_zero(column_bias_correction: bool) -> None:
-    parameter = Parameter(torch.zeros(6, 8, dtype=torch.float64))
-    options = {"dictionary": "identity", "moment_dtype": torch.int8, "column_bias_correction": column_bias_correction}
-    optimizer = DCTAdamW([parameter], rank=2, side="right", betas=(0.5, 0.5), **options)
-    rows = 2.0 ** torch.arange(6, dtype=torch.float64)
-
-    def moments() -> tuple[list[int], torch.Tensor, torch.Tensor]:
-        state = optimizer.state[parameter]
-        assert state["exp_avg"].dtype == torch.int8
-        assert state["exp_avg_sq"].dtype == torch.uint8
-        assert state["exp_avg_scales"].dtype == state["exp_avg_sq_scales"].dtype == torch.float32
-        decoded = [
-            state[f"{name}_scales"].double() * 2 ** ((state[name].double().abs() - top) / 8) * state[name].sign()
-            for name, top in (("exp_avg", 127), ("exp_avg_sq", 255))
-        ]
-        return state["indices"].tolist(), decoded[0], decoded[1]
-
-    gradient = torch.zeros(6, 8, dtype=torch.float64)
-    gradient[:, 1], gradient[:, 5] = rows, -4 * rows
-    feed(optimizer, [parameter], [gradient])
-    assert moments()[0] == [1, 5]
-    gradient = torch.zeros(6, 8, dtype=torch.float64)
-    gradient[:, 5], gradient[:, 7] = -4 * rows, 16 * rows
-    feed(optimizer, [parameter], [gradient])
-    indices, mean, square = moments()
-    assert indices == [5, 7]
-    torch.testing.assert_close(mean[:, 0], -3 * rows, rtol=0.1, atol=0)  # half of -2 and half of -4
-    torch.testing.assert_close(square[:, 0], 12 * rows**2, rtol=0.1, atol=0)
-    torch.testing.assert_close(mean[:, 1], 8 * rows)  # the largest of their rows are exact
-    torch.testing.assert_close(square[:, 1], 128 * rows**2)
-
-
 @pytest.mark.parametrize("refresh_interval", [1, 3, 7])
 def test_columns_change_only_at_step_one_and_at_multiples_of_the_interval(refresh_interval: int) -> None:
     parameter = Parameter(initial_weight((12, 10)))
@@ -344,69 +237,6 @@ def test_columns_change_only_at_step_one_and_at_multiples_of_the_interval(refres
         else:
             assert indices == previous
         previous = indices
-
-
-def columns_sequence(selections: list[list[int]], transition: str, **options: Any) -> list[torch.Tensor]:
-    """Weights after each step with ones in the selected columns of the gradient; lr 1, identity dictionary."""
-    parameter = Parameter(torch.zeros(4, 5, dtype=torch.float64))
-    optimizer = DCTAdamW(
-        [parameter],
-        lr=1.0,
-        rank=len(selections[0]),
-        dictionary="identity",
-        side="right",
-        transition=transition,
-        **options,
-    )
-    weights = []
-    for selection in selections:
-        gradient = torch.zeros(4, 5, dtype=torch.float64)
-        gradient[:, selection] = 1.0
-        feed(optimizer, [parameter], [gradient])
-        weights.append(parameter.detach().clone())
-    return weights
-
-
-def adam_step(gradients: list[float], t: int, b1: float, b2: float) -> float:
-    """The step of Adam whose moments received these gradients, bias-corrected for `t` steps, eps -> 0."""
-    m = v = 0.0
-    for g in gradients:
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-    return (m / (1 - b1**t)) / (v / (1 - b2**t)) ** 0.5
-
-
-def test_a_column_that_stays_keeps_its_moments_in_whatever_slot() -> None:
-    b1, b2 = 0.9, 0.95
-    before, after = columns_sequence([[0, 1], [1, 2]], "move", betas=(b1, b2), eps=1e-12)
-    step = before - after
-    torch.testing.assert_close(step[:, 1], torch.full((4,), adam_step([1, 1], 2, b1, b2)).double())
-    torch.testing.assert_close(step[:, 2], torch.full((4,), adam_step([1], 2, b1, b2)).double())
-    assert (step[:, [0, 3, 4]] == 0).all()
-
-
-def test_a_column_that_leaves_and_returns_starts_from_zero() -> None:
-    b1, b2 = 0.9, 0.95
-    _, before, after = columns_sequence([[0], [1], [0]], "move", betas=(b1, b2), eps=1e-12)
-    torch.testing.assert_close((before - after)[:, 0], torch.full((4,), adam_step([1], 3, b1, b2)).double())
-
-
-def test_reset_forgets_every_moment_and_keep_leaves_them_in_their_slot() -> None:
-    b1, b2 = 0.9, 0.95
-    before, after = columns_sequence([[0, 1], [1, 2]], "reset", betas=(b1, b2), eps=1e-12)
-    torch.testing.assert_close((before - after)[:, 1:3], torch.full((4, 2), adam_step([1], 2, b1, b2)).double())
-    before, after = columns_sequence([[0, 1], [1, 2]], "keep", betas=(b1, b2), eps=1e-12)
-    torch.testing.assert_close((before - after)[:, 1:3], torch.full((4, 2), adam_step([1, 1], 2, b1, b2)).double())
-
-
-@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.9)], ids=str)
-@pytest.mark.parametrize("corrected", [False, True])
-def test_a_fresh_column_late_in_training_steps_by_the_known_factor(corrected: bool, betas: tuple[float, float]) -> None:
-    selections = [[0]] * 400 + [[3]]
-    weights = columns_sequence(selections, "move", betas=betas, eps=1e-12, column_bias_correction=corrected)
-    expected = 1.0 if corrected else (1 - betas[0]) / (1 - betas[1]) ** 0.5
-    torch.testing.assert_close(
-        (weights[-2] - weights[-1])[:, 3], torch.full((4,), expected).double(), rtol=1e-6, atol=0
-    )
 
 
 @pytest.mark.parametrize("options", [{}, {"error_feedback": "fp32"}, {"column_bias_correction": True}], ids=str)
