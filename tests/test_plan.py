@@ -24,7 +24,6 @@ from dist_lowrank.planning import verb
 from dist_lowrank.planning.devices import capacity_bytes
 from dist_lowrank.planning.estimate import estimate_step
 from dist_lowrank.planning.fit import largest_micro_batch, largest_rank
-from dist_lowrank.planning.parameters import planned_parameters
 from dist_lowrank.planning.plan import Planner
 from dist_lowrank.planning.reconcile import TOTAL, reconcile
 from dist_lowrank.planning.report import columns
@@ -32,6 +31,7 @@ from dist_lowrank.planning.trace import trace, with_blocks
 from dist_lowrank.planning.traffic import strategy_traffic
 from dist_lowrank.training.evaluate import next_token_loss
 from dist_lowrank.training.model import build_model
+from dist_lowrank.training.planned_parameters import planned_parameters
 from dist_lowrank.training.strategy import make_strategy
 
 OF_COEFFICIENTS = [

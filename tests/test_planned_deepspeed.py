@@ -10,12 +10,12 @@ from processes import run_on_ranks
 from small_runs import TINY
 
 from dist_lowrank.config import RunConfig, compose
-from dist_lowrank.planning.parameters import planned_parameters
 from dist_lowrank.planning.state import optimizer_bytes
 from dist_lowrank.planning.weights import weight_bytes
 from dist_lowrank.telemetry.memory import bytes_by_cause
 from dist_lowrank.training.evaluate import next_token_loss
 from dist_lowrank.training.model import build_model
+from dist_lowrank.training.planned_parameters import planned_parameters
 from dist_lowrank.training.strategy import make_strategy
 
 RANKS = 3

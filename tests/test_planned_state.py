@@ -15,13 +15,13 @@ from test_memory_table import RANKS, TABLE, configuration
 from torch import nn
 
 from dist_lowrank.config import RunConfig, compose
-from dist_lowrank.planning.parameters import planned_parameters
 from dist_lowrank.planning.state import keeps_what_is_faster, optimizer_bytes
 from dist_lowrank.planning.weights import weight_bytes
 from dist_lowrank.strategies import apply_strategy
 from dist_lowrank.telemetry.memory import memory_by_cause
 from dist_lowrank.training.model import low_rank_forms, route
 from dist_lowrank.training.optimizers import make_optimizer
+from dist_lowrank.training.planned_parameters import planned_parameters
 from dist_lowrank.training.traffic_forecast import optimizer_on_layouts, pretended_rank
 
 # Rows that do not divide, fewer rows than ranks, left sides, and a dense path with less elements than ranks.

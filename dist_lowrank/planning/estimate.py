@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dist_lowrank.config.schema import RunConfig
-from dist_lowrank.planning.parameters import planned_parameters
-from dist_lowrank.planning.shares import shards_of, shares
 from dist_lowrank.planning.trace import Bytes, Held, Trace, Updates, depth, trace, with_blocks
+from dist_lowrank.training.planned_parameters import planned_parameters
+from dist_lowrank.training.shares import shards_of, shares
 from dist_lowrank.training.traffic_forecast import TrafficRow
 
 TRACED_SHARDS = 256

@@ -9,13 +9,13 @@ import numpy
 
 from dist_lowrank.config.schema import RunConfig
 from dist_lowrank.planning.estimate import StepEstimate, estimate_passes, estimate_step
-from dist_lowrank.planning.parameters import PlannedParameter, planned_parameters
-from dist_lowrank.planning.shares import Bytes, Counts
 from dist_lowrank.planning.state import keeps_what_is_faster, optimizer_bytes
 from dist_lowrank.planning.trace import Held
 from dist_lowrank.planning.weights import start_bytes, strategy_buffers, weight_bytes
 from dist_lowrank.telemetry.causes import CAUSES, OF_STEP
 from dist_lowrank.training.model import build_model
+from dist_lowrank.training.planned_parameters import PlannedParameter, planned_parameters
+from dist_lowrank.training.shares import Bytes, Counts
 
 
 @dataclass(frozen=True, slots=True)

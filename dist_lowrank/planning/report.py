@@ -11,8 +11,8 @@ import numpy
 
 from dist_lowrank.config.schema import RunConfig
 from dist_lowrank.planning.plan import Plan
-from dist_lowrank.planning.shares import Bytes
 from dist_lowrank.tables import empty_table
+from dist_lowrank.training.shares import Bytes
 from dist_lowrank.training.traffic_forecast import TrafficRow
 
 EACH_RANK = 16  # up to so many ranks, each is told

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy
 import torch
@@ -19,14 +19,10 @@ from dist_lowrank.optim.grassmann import Grassmann
 from dist_lowrank.optim.projections import PowerIteration, RandomizedSvd, Svd, SvdThenRandom
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.shared_columns import SharedColumns
-from dist_lowrank.optim.shared_dictionary import role_key, shares_dictionary
-from dist_lowrank.optim.state import StateTensor
-from dist_lowrank.planning.parameters import PlannedParameter, by_group
-from dist_lowrank.planning.shares import Bytes, Counts, flat_length, shards_of, shares
 from dist_lowrank.sharding.layouts import TallForm
 from dist_lowrank.subspaces import index_dtype
-
-COUNTER_BYTES = 4  # of steps, one per parameter or part of one
+from dist_lowrank.training.planned_parameters import PlannedParameter, by_group, dictionary_keepers
+from dist_lowrank.training.shares import COUNTER_BYTES, Bytes, Counts, flat_length, shards_of, shares, tensor_bytes
 
 
 def optimizer_bytes(
@@ -63,22 +59,18 @@ def optimizer_bytes(
             if spec.dormant:
                 assert isinstance(parameter.recipe, Blocks)
                 add(spec.cause, number * spec.dtype.itemsize)
-                beside = numpy.maximum(_tensor_bytes(spec, share.rows) - spec.dtype.itemsize, 0)
+                beside = numpy.maximum(tensor_bytes(spec, share.rows) - spec.dtype.itemsize, 0)
                 dormant.append((parameter.recipe, number * beside))
             else:
-                add(spec.cause, number * _tensor_bytes(spec, share.rows))
+                add(spec.cause, number * tensor_bytes(spec, share.rows))
     if dormant:
         add("moments", _awake(dormant, range(step, step + 1) if step else range(1, config.train.steps + 1)))
-    for parameter in _keepers(config, parameters):
+    for parameter in dictionary_keepers(config, parameters):
         assert parameter.form is not None
         add("shared_dictionary", parameter.form.n**2 * arithmetic_dtype(parameter.tensor).itemsize)
         add("other_state", COUNTER_BYTES)
     add("dictionary", _dictionary_bytes(parameters, device_type, _repeated(config, world_size)))
     return {cause: count for cause, count in kept.items() if count.any()}
-
-
-def _tensor_bytes(spec: StateTensor, rows: Counts) -> Counts:
-    return spec.columns * spec.dtype.itemsize * (rows if spec.sharded else numpy.full_like(rows, spec.rows or 1))
 
 
 def _diagnostics_bytes(recipe: Recipe, form: TallForm, parameter: Tensor, step: int | None) -> int:
@@ -110,21 +102,6 @@ def _awake(dormant: Sequence[tuple[Blocks, Counts]], steps: range) -> Counts:
     for count in held:
         most = numpy.maximum(most, count)
     return most
-
-
-def _keepers(config: RunConfig, parameters: Iterable[PlannedParameter]) -> Iterator[PlannedParameter]:
-    """The matrices with whose state a shared dictionary is kept: the first of each role."""
-    known = set()
-    for parameter in parameters:
-        form, recipe = parameter.form, parameter.recipe
-        if form is None or recipe is None or not shares_dictionary(recipe):
-            continue
-        # DeepSpeed has a flat tensor for each group, and each has dictionaries of its own.
-        flat = parameter.group if config.strategy.zero_stage else None
-        key = (*role_key(parameter.name, None, form.n, form.side), arithmetic_dtype(parameter.tensor), flat)
-        if key not in known:
-            known.add(key)
-            yield parameter
 
 
 def _repeated(config: RunConfig, world_size: int) -> Callable[[PlannedParameter], bool]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dist_lowrank.config.schema import RunConfig
 from dist_lowrank.optim.columns import PreviousColumns
 from dist_lowrank.optim.low_rank import LowRank
-from dist_lowrank.planning.parameters import PlannedParameter, by_group
-from dist_lowrank.planning.shares import flat_length, shards_of, shares
+from dist_lowrank.training.planned_parameters import PlannedParameter, by_group
+from dist_lowrank.training.shares import flat_length, shards_of, shares
 from dist_lowrank.training.traffic_forecast import TrafficRow
 
 

@@ -9,8 +9,8 @@ import numpy
 
 from dist_lowrank.config.deepspeed_json import deepspeed_json
 from dist_lowrank.config.schema import RunConfig
-from dist_lowrank.planning.parameters import PlannedParameter, by_group
-from dist_lowrank.planning.shares import Bytes, flat_length, shares
+from dist_lowrank.training.planned_parameters import PlannedParameter, by_group
+from dist_lowrank.training.shares import Bytes, flat_length, shares
 
 _DEFAULTS = {  # of DeepSpeed, in elements
     "reduce_bucket_size": 500_000_000,

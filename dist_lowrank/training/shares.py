@@ -1,4 +1,4 @@
-"""How much of a parameter each rank holds: closed forms, for all ranks at once.
+"""How much of a parameter and of its state each rank holds: closed forms, for all ranks at once.
 
 Thousands of ranks differ little, but which of them hold a row more, or nothing, depends on every size; so each figure
 here is an array with an entry per rank.
@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 from dist_lowrank.config import ConfigError
 from dist_lowrank.config.schema import RunConfig
 from dist_lowrank.optim.blocks import Blocks
-from dist_lowrank.planning.parameters import PlannedParameter, by_group
+from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.sharding.layouts import LayoutError, TallForm
 from dist_lowrank.strategies import shard_count, shard_dimension
+from dist_lowrank.training.planned_parameters import PlannedParameter, by_group
 
 Counts = NDArray[numpy.int64]  # one per rank
 Bytes = dict[str, Counts]  # by cause
+
+COUNTER_BYTES = 4  # of steps, one per parameter or part of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +47,36 @@ def shares(
     config: RunConfig, parameters: Sequence[PlannedParameter], world_size: int
 ) -> Iterator[tuple[PlannedParameter, Share, int]]:
     """Parameters with what ranks hold of them; those of which they hold the same come once, with their number."""
-    stage, shards = config.strategy.zero_stage, shards_of(config, world_size)
-    if stage:
-        yield from ((parameter, share, 1) for parameter, share in shares_under_zero(parameters, stage, world_size))
+    if config.strategy.zero_stage:
+        yield from ((parameter, share, 1) for parameter, share in share_of_each(config, parameters, world_size))
         return
     alike = sorted(enumerate(parameters), key=lambda each: (_kind(each[1]), each[0]))
-    for _, members in groupby((parameter for _, parameter in alike), key=_kind):
-        first, *others = members
-        share = share_of_copy(first, world_size) if shards is None else share_of_shard(first, shards, world_size)
-        yield first, share, 1 + len(others)
+    kinds = [list(members) for _, members in groupby((parameter for _, parameter in alike), key=_kind)]
+    first_of_each = [members[0] for members in kinds]
+    for members, (first, share) in zip(kinds, share_of_each(config, first_of_each, world_size), strict=True):
+        yield first, share, len(members)
+
+
+def share_of_each(
+    config: RunConfig, parameters: Sequence[PlannedParameter], world_size: int
+) -> Iterator[tuple[PlannedParameter, Share]]:
+    """Every parameter with what ranks hold of it.
+
+    Raises:
+        ConfigError: the copies of the model would not be of equal size.
+    """
+    stage, shards = config.strategy.zero_stage, shards_of(config, world_size)
+    if stage:
+        yield from shares_under_zero(parameters, stage, world_size)
+    elif shards is None:
+        yield from ((each, share_of_copy(each, world_size)) for each in parameters)
+    else:
+        yield from ((each, share_of_shard(each, shards, world_size)) for each in parameters)
+
+
+def tensor_bytes(spec: StateTensor, rows: Counts) -> Counts:
+    """Of a tensor of state, on ranks that have it for so many rows."""
+    return spec.columns * spec.dtype.itemsize * (rows if spec.sharded else numpy.full_like(rows, spec.rows or 1))
 
 
 def _kind(parameter: PlannedParameter) -> tuple[object, ...]:
@@ -87,7 +111,7 @@ def share_of_copy(parameter: PlannedParameter, world_size: int) -> Share:
 
 def share_of_shard(parameter: PlannedParameter, shards: int, world_size: int) -> Share:
     """Under fsdp and hsdp, where neighbouring ranks hold the shards of one copy."""
-    shape, form = parameter.shape, parameter.form
+    shape, form = parameter.shape or (1,), parameter.form
     shard: Counts = numpy.arange(world_size, dtype=numpy.int64) % shards
     dimension = 0 if form is None else shard_dimension(form, shards)
     width = math.prod(shape) // shape[dimension]

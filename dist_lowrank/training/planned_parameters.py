@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from dist_lowrank.config import ConfigError
 from dist_lowrank.config.optimizers import AdamWConfig
 from dist_lowrank.config.schema import RunConfig
-from dist_lowrank.optim.dense import state_dtype
+from dist_lowrank.optim.dense import arithmetic_dtype, state_dtype
 from dist_lowrank.optim.recipe import Recipe
+from dist_lowrank.optim.shared_dictionary import role_key, shares_dictionary
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.sharding.layouts import TallForm
 from dist_lowrank.training.model import build_model, low_rank_forms, route
@@ -76,6 +77,21 @@ def planned_parameters(config: RunConfig, model: nn.Module | None = None) -> lis
 def by_group(parameters: Sequence[PlannedParameter]) -> list[list[PlannedParameter]]:
     """The parameters of each group."""
     return [list(members) for _, members in groupby(parameters, key=lambda each: each.group)]
+
+
+def dictionary_keepers(config: RunConfig, parameters: Iterable[PlannedParameter]) -> Iterator[PlannedParameter]:
+    """The matrices with whose state a shared dictionary is kept: the first of each role."""
+    known = set()
+    for parameter in parameters:
+        form, recipe = parameter.form, parameter.recipe
+        if form is None or recipe is None or not shares_dictionary(recipe):
+            continue
+        # DeepSpeed has a flat tensor for each group, and each has dictionaries of its own.
+        flat = parameter.group if config.strategy.zero_stage else None
+        key = (*role_key(parameter.name, None, form.n, form.side), arithmetic_dtype(parameter.tensor), flat)
+        if key not in known:
+            known.add(key)
+            yield parameter
 
 
 def _state_dtype(config: RunConfig, parameter: Tensor) -> torch.dtype:
