@@ -14,6 +14,7 @@ from dist_lowrank.launchers.verb import add_launch, start
 from dist_lowrank.planning.verb import add_plan
 from dist_lowrank.sweep.verb import add_sweep
 from dist_lowrank.tables import empty_table
+from dist_lowrank.verbs import add_verb
 
 if TYPE_CHECKING:
     from dist_lowrank.training.parameter_table import ParameterRow
@@ -49,17 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("resume", _resume, "continue an unfinished run from its newest checkpoint, on other processes if you like"),
         ("check", _check, "print the resolved configuration, the parameters and what a step sends; start nothing"),
     ):
-        subparser = verbs.add_parser(
-            verb,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            epilog=_OVERRIDES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        subparser = add_verb(verbs, verb, action, summary, epilog=_OVERRIDES)
         if verb == "resume":
             subparser.add_argument("run", metavar="RUN", help="its folder, such as runs/NAME")
         subparser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="such as train.steps=500")
-        subparser.set_defaults(action=action)
     add_compare(verbs)
     add_sweep(verbs)
     add_launch(verbs)

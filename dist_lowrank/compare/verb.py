@@ -7,9 +7,10 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dist_lowrank.exit_codes import ExitCode
+from dist_lowrank.verbs import Verbs, add_verb
 
 if TYPE_CHECKING:
     from dist_lowrank.compare.assertions import Assertion, Outcome
@@ -30,16 +31,10 @@ exit codes: 0 done, 1 failed, 2 refused, 3 an assertion does not hold
 """
 
 
-def add_compare(verbs: argparse._SubParsersAction[Any]) -> None:
+def add_compare(verbs: Verbs) -> None:
     """Adds the verb to the command's parser."""
     summary = "compare runs: loss at equal tokens, memory per rank, speed; check assertions about them"
-    parser = verbs.add_parser(
-        "compare",
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}. Prints tables.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_verb(verbs, "compare", _compare, summary, details=". Prints tables.", epilog=_EPILOG)
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="folder of a run or an attempt; the first is the baseline"
     )
@@ -49,7 +44,6 @@ def add_compare(verbs: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--no-traffic", action="store_true", help="leave out the bytes sent, which take some seconds")
     add_assert(parser)
-    parser.set_defaults(action=_compare)
 
 
 def add_assert(parser: argparse.ArgumentParser) -> None:

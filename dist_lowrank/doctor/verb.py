@@ -6,9 +6,10 @@ import argparse
 import math
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dist_lowrank.exit_codes import ExitCode
+from dist_lowrank.verbs import Verbs, add_verb
 
 if TYPE_CHECKING:
     from dist_lowrank.doctor.items import Item
@@ -36,16 +37,10 @@ _NUMBERS: dict[str, tuple[type[int] | type[float], float, float, str]] = {  # le
 }
 
 
-def add_doctor(verbs: argparse._SubParsersAction[Any]) -> None:
+def add_doctor(verbs: Verbs) -> None:
     """Adds the verb to the command's parser."""
     summary = "check this machine, or all nodes together: limits, GPUs, names, ports, clocks, an all-reduce"
-    parser = verbs.add_parser(
-        "doctor",
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}. Says what to do about what fails.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_verb(verbs, "doctor", _doctor, summary, details=". Says what to do about what fails.", epilog=_EPILOG)
     option = parser.add_argument
     option("--quick", action="store_true", help="this machine alone, without torch and without an all-reduce")
     option("--json", action="store_true", help="print JSON")
@@ -57,7 +52,6 @@ def add_doctor(verbs: argparse._SubParsersAction[Any]) -> None:
     option("--min-free-gib", default="10", metavar="X", help="there (default 10)")
     option("--gpus", metavar="N", help="GPUs that this node should have (default: those it has device files of)")
     option("--min-bandwidth", metavar="GB/S", help="of the all-reduce, per rank")
-    parser.set_defaults(action=_doctor)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dist_lowrank.exit_codes import ExitCode
+from dist_lowrank.verbs import Verbs, add_verb
 
 if TYPE_CHECKING:
     from dist_lowrank.config import RunConfig, RunFolder
@@ -27,21 +28,21 @@ deepspeed); else those of the command that submits; 5: it does not fit launcher.
 _MARGIN = 0.1  # of the accelerator's memory, left for what no plan sees; as `dist-lowrank plan`
 
 
-def add_launch(verbs: argparse._SubParsersAction[Any]) -> None:
+def add_launch(verbs: Verbs) -> None:
     """Adds the verb to the command's parser."""
     summary = "render the files that start a run on a cluster or in containers, and start it"
-    parser = verbs.add_parser(
+    parser = add_verb(
+        verbs,
         "launch",
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}. Everything that can be checked here is checked before.",
+        _launch,
+        summary,
+        details=". Everything that can be checked here is checked before.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="such as launcher=slurm launcher.nodes=2")
     parser.add_argument(
         "--render-only", action="store_true", help="write the files, say how to start them, and end (not with local)"
     )
-    parser.set_defaults(action=_launch)
 
 
 def _launch(options: argparse.Namespace) -> int:

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dist_lowrank.exit_codes import ExitCode
+from dist_lowrank.verbs import Verbs, add_verb
 
 if TYPE_CHECKING:
     from dist_lowrank.config import RunConfig
@@ -30,16 +31,10 @@ exit codes: 0 it fits, or nobody asked whether; 1 failed; 2 refused; 5 it does n
 """
 
 
-def add_plan(verbs: argparse._SubParsersAction[Any]) -> None:
+def add_plan(verbs: Verbs) -> None:
     """Adds the verb to the command's parser."""
     summary = "tell the memory of every rank by cause, and what is sent, before anything starts; needs no GPU"
-    parser = verbs.add_parser(
-        "plan",
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]} (docs/planning.md).",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_verb(verbs, "plan", _plan, summary, details=" (docs/planning.md).", epilog=_EPILOG)
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of `train`, such as model=llama_7b")
     parser._negative_number_matcher = re.compile(r"-\d")  # of -8GiB, too: a value, which is refused, and no option
     parser.add_argument("--world-size", metavar="N", help="ranks in all; default: as the launcher starts")
@@ -51,7 +46,6 @@ def add_plan(verbs: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--no-trace", action="store_true", help="leave out what is estimated: faster, no verdict")
     parser.add_argument("--json", action="store_true", help="print JSON, with every rank")
     parser.add_argument("--reconcile", metavar="RUN", help="compare the plan of a run with what it measured")
-    parser.set_defaults(action=_plan)
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dist_lowrank.compare.verb import (
     ASSERTIONS,
@@ -17,6 +17,7 @@ from dist_lowrank.compare.verb import (
     write_report,
 )
 from dist_lowrank.exit_codes import ExitCode
+from dist_lowrank.verbs import Verbs, add_verb
 
 if TYPE_CHECKING:
     from dist_lowrank.compare.assertions import Assertion
@@ -36,22 +37,22 @@ point by its time limit; 130 Ctrl-C
 """
 
 
-def add_sweep(verbs: argparse._SubParsersAction[Any]) -> None:
+def add_sweep(verbs: Verbs) -> None:
     """Adds the verb to the command's parser."""
     summary = "train a grid of runs, one process group per point, and compare them"
-    parser = verbs.add_parser(
+    parser = add_verb(
+        verbs,
         "sweep",
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}. Everything is checked before the first point starts.",
+        _sweep,
+        summary,
+        details=". Everything is checked before the first point starts.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="+", metavar="OVERRIDE", help="such as optimizer=adamw,galore seed=0,1,2")
     parser.add_argument(
         "--jobs", default="1", metavar="N", help="points at a time; fit: as many as there are GPUs or cores for"
     )
     add_assert(parser)
-    parser.set_defaults(action=_sweep)
 
 
 def _sweep(options: argparse.Namespace) -> int:
