@@ -18,7 +18,7 @@ from torch import Tensor
 from dist_lowrank.optim.moments import Moments
 from dist_lowrank.optim.options import check_choice, check_count, refuse
 from dist_lowrank.optim.recipe import Recipe, Rounds, Update
-from dist_lowrank.optim.residuals import AddedRows, Residual
+from dist_lowrank.optim.residuals import AddedRows, Inside, Residual
 from dist_lowrank.optim.rounding import RowNoise
 from dist_lowrank.optim.shared_columns import columns_of
 from dist_lowrank.optim.state import StateTensor
@@ -125,7 +125,9 @@ class LowRank(Recipe):
         weights = None
         if isinstance(residual, AddedRows):
             factor = self.moments.step_factor(step)
-            found = yield from residual.weights(rows, coefficients, direction / factor, basis, state, place.owned)
+            found = yield from residual.weights(
+                rows, Inside(basis, coefficients, direction / factor), state, place.owned
+            )
             weights = found * factor
         direction = direction * self.alpha if residual.lifts else direction[:, :0]
         return Update(direction, basis, choice, weights)

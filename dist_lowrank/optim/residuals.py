@@ -109,26 +109,28 @@ class Accumulate(Drop):
         self.storage.write(self.name, before @ rotation, state)
 
 
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """What a step does inside the subspace."""
+
+    basis: Basis
+    coefficients: Tensor  # (l, r)
+    direction: Tensor  # (l, r), without the step's factor
+
+    def row_ratio(self) -> Tensor:
+        """How much longer the direction is than the coefficients, by row, (l, 1)."""
+        norms = [torch.linalg.vector_norm(each, dim=1, keepdim=True) for each in (self.direction, self.coefficients)]
+        return torch.div(norms[0], norms[1] + 1e-8)
+
+
 class AddedRows(Drop, ABC):
     """Whole rows are added to the update, each with a weight."""
 
     __slots__ = ()
 
     @abstractmethod
-    def weights(
-        self,
-        rows: Tensor,
-        coefficients: Tensor,
-        direction: Tensor,
-        basis: Basis,
-        state: Mapping[str, Tensor],
-        owned: slice,
-    ) -> Rule[Tensor]:
-        """How much of each row is added, (l, 1). Yields sums where it needs totals.
-
-        Args:
-            direction: (l, r), without the step's factor.
-        """
+    def weights(self, rows: Tensor, inside: Inside, state: Mapping[str, Tensor], owned: slice) -> Rule[Tensor]:
+        """How much of each row (l, n) is added, (l, 1). Yields sums where it needs totals."""
 
     @abstractmethod
     def added(self, rows: Tensor, weights: Tensor, basis: Basis) -> Tensor:
@@ -144,15 +146,7 @@ class Sign(AddedRows):
     def __post_init__(self) -> None:
         check_number("residual_scale", self.scale)
 
-    def weights(
-        self,
-        rows: Tensor,
-        coefficients: Tensor,
-        direction: Tensor,
-        basis: Basis,
-        state: Mapping[str, Tensor],
-        owned: slice,
-    ) -> Rule[Tensor]:
+    def weights(self, rows: Tensor, inside: Inside, state: Mapping[str, Tensor], owned: slice) -> Rule[Tensor]:
         yield from ()  # needs no sums
         return rows.new_full((rows.shape[0], 1), self.scale)
 
@@ -200,19 +194,11 @@ class NormScaled(_Limited):
     def statistics(self, form: TallForm) -> list[int]:
         return [1] if self.limit else []
 
-    def weights(
-        self,
-        rows: Tensor,
-        coefficients: Tensor,
-        direction: Tensor,
-        basis: Basis,
-        state: Mapping[str, Tensor],
-        owned: slice,
-    ) -> Rule[Tensor]:
-        weights = _row_ratio(direction, coefficients)
+    def weights(self, rows: Tensor, inside: Inside, state: Mapping[str, Tensor], owned: slice) -> Rule[Tensor]:
+        weights = inside.row_ratio()
         if not self.limit:
             return weights
-        total = yield self.added(rows, weights, basis)[owned].square().sum()
+        total = yield self.added(rows, weights, inside.basis)[owned].square().sum()
         return weights * self.limited(total.sqrt(), state)
 
     def added(self, rows: Tensor, weights: Tensor, basis: Basis) -> Tensor:
@@ -239,22 +225,14 @@ class GradientScaled(_Limited):
     def statistics(self, form: TallForm) -> list[int]:
         return [3] if self.per == "tensor" else [1] if self.limit else []
 
-    def weights(
-        self,
-        rows: Tensor,
-        coefficients: Tensor,
-        direction: Tensor,
-        basis: Basis,
-        state: Mapping[str, Tensor],
-        owned: slice,
-    ) -> Rule[Tensor]:
+    def weights(self, rows: Tensor, inside: Inside, state: Mapping[str, Tensor], owned: slice) -> Rule[Tensor]:
         if self.per == "tensor":
-            parts = [part[owned].square().sum() for part in (direction, coefficients, rows)]
-            whole, inside, norm = (yield torch.stack(parts)).sqrt()
-            weights = (whole / (inside + 1e-8)).expand(rows.shape[0], 1)
-            norm = norm * whole / (inside + 1e-8)
+            parts = [part[owned].square().sum() for part in (inside.direction, inside.coefficients, rows)]
+            moved, projected, norm = (yield torch.stack(parts)).sqrt()
+            weights = (moved / (projected + 1e-8)).expand(rows.shape[0], 1)
+            norm = norm * moved / (projected + 1e-8)
         else:
-            weights = _row_ratio(direction, coefficients)
+            weights = inside.row_ratio()
             if self.limit:
                 norm = (yield (rows * weights)[owned].square().sum()).sqrt()
         if self.limit:
@@ -263,11 +241,6 @@ class GradientScaled(_Limited):
 
     def added(self, rows: Tensor, weights: Tensor, basis: Basis) -> Tensor:
         return rows * weights
-
-
-def _row_ratio(direction: Tensor, coefficients: Tensor) -> Tensor:
-    norms = [torch.linalg.vector_norm(each, dim=1, keepdim=True) for each in (direction, coefficients)]
-    return torch.div(norms[0], norms[1] + 1e-8)
 
 
 def _outside(rows: Tensor, basis: Basis, keep: float = 0.0) -> Tensor:
