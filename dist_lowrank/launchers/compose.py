@@ -13,7 +13,7 @@ from dist_lowrank.launchers.containers import (
     container_environment,
     mounts,
 )
-from dist_lowrank.launchers.job import ONE_NODE, Job, joined, rendezvous_options
+from dist_lowrank.launchers.job import Job, joined, rendezvous_options
 from dist_lowrank.launchers.manifests import dump
 
 
@@ -75,15 +75,11 @@ def _without_variables(node: Any) -> Any:
 
 def _rendezvous(job: Job[ComposeLauncher], rank: int) -> list[str]:
     launcher = job.launcher
-    if launcher.nodes == 1:
-        return ONE_NODE
     return rendezvous_options(
         job,
         backend=launcher.rendezvous,
-        nodes=str(launcher.nodes),
         node_rank=str(rank),
         address="node0",
         port=str(launcher.port),
-        join_timeout_seconds=launcher.join_timeout_seconds,
         is_host=str(int(rank == 0)),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from dist_lowrank.config.launchers import DeepSpeedLauncher
-from dist_lowrank.launchers.job import ONE_NODE, Job, joined, node_script, rendezvous_options
+from dist_lowrank.launchers.job import Job, joined, node_script, rendezvous_options
 
 
 def render(job: Job[DeepSpeedLauncher]) -> dict[str, str]:
@@ -17,7 +17,7 @@ def render(job: Job[DeepSpeedLauncher]) -> dict[str, str]:
         f"One node of {run}. DeepSpeed's launcher starts it on each host, as one process, with RANK, MASTER_ADDR and\n"
         "MASTER_PORT. By hand: RANK=0 (1, 2, ...) MASTER_ADDR=(the first host) MASTER_PORT=(a port) bash node.sh",
         launcher.python or job.python,
-        ONE_NODE if launcher.node_count == 1 else _rendezvous(job),
+        _rendezvous(job),
         prepare=["unset CUDA_VISIBLE_DEVICES  # DeepSpeed's launcher shows its one process one GPU"],
     )
     alone = " --no_ssh --node_rank 0" if launcher.node_count == 1 else ""
@@ -55,10 +55,8 @@ def _rendezvous(job: Job[DeepSpeedLauncher]) -> list[str]:
     return rendezvous_options(
         job,
         backend=launcher.rendezvous,
-        nodes=str(launcher.node_count),
         node_rank='"$RANK"',
         address='"$MASTER_ADDR"',
         port='"$MASTER_PORT"',
-        join_timeout_seconds=launcher.join_timeout_seconds,
         is_host='"$((RANK == 0))"',
     )

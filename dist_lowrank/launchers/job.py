@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from dist_lowrank.config import RunConfig
-from dist_lowrank.config.launchers import RenderingLauncher
+from dist_lowrank.config.launchers import ComposeLauncher, KubernetesLauncher, Nodes, RenderingLauncher
 
 AnyLauncher = TypeVar("AnyLauncher", bound=RenderingLauncher, covariant=True)
 
@@ -99,22 +99,25 @@ def torchrun_options(job: Job[RenderingLauncher], rendezvous: Sequence[str]) -> 
 
 
 def rendezvous_options(
-    job: Job[RenderingLauncher],
+    job: Job[Nodes | ComposeLauncher | KubernetesLauncher],
     *,
     backend: str,
-    nodes: str,
     node_rank: str,
     address: str,
     port: str,
-    join_timeout_seconds: int,
+    nodes: str | None = None,
     is_host: str | None = None,
 ) -> list[str]:
-    """For several nodes. Arguments are shell words, so a script may pass variables of its own.
+    """How the nodes of a job find each other. Arguments are shell words, so a script may pass variables of its own.
 
     Args:
-        nodes: how many, or MIN:MAX.
+        nodes: how many, or MIN:MAX; None: as many as the launcher has.
         is_host: with c10d, whether this node opens the rendezvous: "1" or "0"; None: by comparing names.
     """
+    count, join_timeout_seconds = job.launcher.node_count, job.launcher.join_timeout_seconds
+    if count == 1:
+        return ONE_NODE
+    nodes = nodes or str(count)
     if backend == "static":
         return [
             f"--nnodes {nodes} --node-rank {node_rank} --master-addr {address} --master-port {port}",

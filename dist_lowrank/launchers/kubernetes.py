@@ -16,7 +16,7 @@ from dist_lowrank.launchers.containers import (
     run_in_container,
     uses_hub,
 )
-from dist_lowrank.launchers.job import ONE_NODE, Job, joined, rendezvous_options
+from dist_lowrank.launchers.job import Job, joined, rendezvous_options
 from dist_lowrank.launchers.manifests import as_json, dump
 
 DATA = "/data"
@@ -231,15 +231,10 @@ def _volumes(launcher: KubernetesLauncher, name: str) -> list[dict[str, Any]]:
 
 
 def _rendezvous(job: Job[KubernetesLauncher], first_pod: str) -> list[str]:
-    launcher = job.launcher
-    if launcher.nodes == 1:
-        return ONE_NODE
     return rendezvous_options(
         job,
         backend="static",
-        nodes=str(launcher.nodes),
         node_rank="$(JOB_COMPLETION_INDEX)",  # Kubernetes puts the variable's value here
         address=first_pod,
-        port=str(launcher.port),
-        join_timeout_seconds=launcher.join_timeout_seconds,
+        port=str(job.launcher.port),
     )

@@ -9,7 +9,7 @@ from string import Template
 
 from dist_lowrank.config import ConfigError, RunConfig
 from dist_lowrank.config.launchers import SlurmLauncher
-from dist_lowrank.launchers.job import ONE_NODE, Job, joined, node_script, rendezvous_options
+from dist_lowrank.launchers.job import Job, joined, node_script, rendezvous_options
 
 _BATCH = Template("""\
 #!/usr/bin/env bash
@@ -167,15 +167,11 @@ def _quoted(path: str) -> str:
 
 def _rendezvous(job: Job[SlurmLauncher]) -> list[str]:
     launcher = job.launcher
-    if launcher.nodes == 1:
-        return ONE_NODE
     return rendezvous_options(
         job,
         backend=launcher.rendezvous,
-        nodes=str(launcher.nodes),
         node_rank='"$SLURM_NODEID"',
         address='"$MASTER_ADDR"',
         port=str(launcher.port or '"$MASTER_PORT"'),
-        join_timeout_seconds=launcher.join_timeout_seconds,
         is_host='"$((SLURM_NODEID == 0))"',
     )

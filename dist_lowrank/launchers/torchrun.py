@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from dist_lowrank.config.launchers import TorchrunLauncher
-from dist_lowrank.launchers.job import ONE_NODE, Job, joined, node_script, rendezvous_options
+from dist_lowrank.launchers.job import Job, joined, node_script, rendezvous_options
 
 
 def render(job: Job[TorchrunLauncher]) -> dict[str, str]:
@@ -41,17 +41,13 @@ def script_name(node_rank: int) -> str:
 
 
 def _rendezvous(job: Job[TorchrunLauncher], rank: int) -> list[str]:
-    launcher = job.launcher
-    nodes = len(launcher.hosts)
-    if nodes == 1:
-        return ONE_NODE
+    launcher, nodes = job.launcher, job.launcher.node_count
     return rendezvous_options(
         job,
         backend=launcher.rendezvous,
-        nodes=f"{launcher.min_nodes or nodes}:{nodes}" if launcher.rendezvous == "c10d" else str(nodes),
+        nodes=f"{launcher.min_nodes or nodes}:{nodes}" if launcher.rendezvous == "c10d" else None,
         node_rank=str(rank),
         address=launcher.hosts[0],
         port=str(launcher.port or job.port),
-        join_timeout_seconds=launcher.join_timeout_seconds,
         is_host=str(int(rank == 0)),
     )
