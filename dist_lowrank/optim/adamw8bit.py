@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.direct import DirectOptimizer, recipe_options
 from dist_lowrank.optim.options import check_betas, check_number
 from dist_lowrank.optim.recipe import Recipe, Rounds, Update
@@ -64,10 +63,6 @@ class AdamW8bit(DirectOptimizer):
 
     def recipe(self, group: dict[str, Any]) -> Recipe:
         return CodedMoments(**recipe_options(group), rank=1.0, betas=group["betas"], eps=group["eps"])
-
-    def dense_options(self, group: dict[str, Any]) -> DenseOptions:
-        keys = ("lr", "betas", "eps", "weight_decay", "weight_rounding", "seed")
-        return DenseOptions(**{key: group[key] for key in keys})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

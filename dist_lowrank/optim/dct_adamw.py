@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from dist_lowrank.optim.columns import PreviousColumns
-from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import VERIFY_EVERY, WORKSPACE_BYTES, LowRankOptimizer
 from dist_lowrank.optim.low_rank import LowRank, column_options
 from dist_lowrank.optim.moments import Adam
@@ -188,14 +187,4 @@ class DCTAdamW(LowRankOptimizer):
             residual=_RESIDUALS[group["error_feedback"]],
             transition=group["transition"],
             return_momentum=group["error_feedback_momentum"],
-        )
-
-    def dense_options(self, group: dict[str, Any]) -> DenseOptions:
-        return DenseOptions(
-            group["lr"],
-            group["betas"],
-            group["eps"],
-            group["weight_decay"],
-            weight_rounding=group["weight_rounding"],
-            seed=group["seed"],
         )

@@ -36,17 +36,17 @@ class DenseOptions:
         check_number("weight_decay", self.weight_decay)
 
 
-def scheduled_dense_options(group: dict[str, Any]) -> DenseOptions:
-    """Of a group with `dense_` options of its own, for optimizers that orthogonalise matrices."""
-    return DenseOptions(
-        dense_rate(group),
-        group["dense_betas"],
-        group["dense_eps"],
-        group["weight_decay"],
-        "dense_",
-        group["weight_rounding"],
-        group["seed"],
-    )
+def dense_options(group: dict[str, Any], *, of_its_own: bool) -> DenseOptions:
+    """Of AdamW, from the options of a parameter group.
+
+    Args:
+        of_its_own: the group has `dense_` options; else those of the low-rank path hold here too.
+    """
+    both = {key: group[key] for key in ("weight_decay", "weight_rounding", "seed")}
+    if not of_its_own:
+        return DenseOptions(group["lr"], group["betas"], group["eps"], **both)
+    rate = dense_rate(group) if "dense_lr" in group else group["lr"]
+    return DenseOptions(rate, group["dense_betas"], group["dense_eps"], prefix="dense_", **both)
 
 
 @dataclass(frozen=True, slots=True)

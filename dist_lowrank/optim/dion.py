@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_lowrank.optim.dense import DenseOptions, scheduled_dense_options
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.options import check_number
 from dist_lowrank.optim.projections import Projection, RandomProjection
@@ -189,6 +188,3 @@ class Dion(LowRankOptimizer):
     def recipe(self, group: dict[str, Any]) -> DionRecipe:
         same = ("lr", "weight_decay", "rank", "side", "scale", "weight_rounding", "seed", "momentum")
         return DionRecipe(**{key: group[key] for key in same}, storage=momentum_storage(group))
-
-    def dense_options(self, group: dict[str, Any]) -> DenseOptions:
-        return scheduled_dense_options(group)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dist_lowrank.optim.columns import ColumnBasis, DictionaryColumns
-from dist_lowrank.optim.dense import DenseOptions, scheduled_dense_options
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.options import check_number
 from dist_lowrank.optim.orthogonalization import Orthogonalize, orthogonalizer
@@ -175,6 +174,3 @@ class Dion3(LowRankOptimizer):
             orthogonalize=orthogonalizer(group),
             storage=momentum_storage(group),
         )
-
-    def dense_options(self, group: dict[str, Any]) -> DenseOptions:
-        return scheduled_dense_options(group)

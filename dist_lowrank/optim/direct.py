@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import LowRankOptimizer
-from dist_lowrank.optim.options import ENGINE_OPTIONS, check_choice, dense_rate
+from dist_lowrank.optim.options import ENGINE_OPTIONS, check_choice
 
 _SHARED: dict[str, Any] = {"weight_decay": 0.0, "weight_rounding": "nearest", "seed": 0}
 DENSE: dict[str, Any] = {"dense_betas": (0.9, 0.999), "dense_eps": 1e-8}
@@ -39,17 +38,6 @@ class DirectOptimizer(LowRankOptimizer):
             check_choice("option", name, (*defaults, *ENGINE_OPTIONS))
         engine = {name: options[name] for name in ENGINE_OPTIONS if name in options}
         super().__init__(params, {name: options.get(name, value) for name, value in defaults.items()}, **engine)
-
-    def dense_options(self, group: dict[str, Any]) -> DenseOptions:
-        return DenseOptions(
-            dense_rate(group) if "dense_lr" in group else group["lr"],
-            group["dense_betas"],
-            group["dense_eps"],
-            group["weight_decay"],
-            "dense_",
-            group["weight_rounding"],
-            group["seed"],
-        )
 
 
 def recipe_options(group: Mapping[str, Any]) -> dict[str, Any]:

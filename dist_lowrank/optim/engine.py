@@ -30,7 +30,7 @@ from dist_lowrank.optim.binding import (
     is_trained,
     structure_of,
 )
-from dist_lowrank.optim.dense import DenseOptions, dense_step, dense_waves
+from dist_lowrank.optim.dense import DenseOptions, dense_options, dense_step, dense_waves
 from dist_lowrank.optim.diagnostics import Diagnostics
 from dist_lowrank.optim.flat_state import cut_tensors
 from dist_lowrank.optim.given import GivenParameters
@@ -46,7 +46,7 @@ VERIFY_EVERY = 100  # steps
 
 
 class LowRankOptimizer(Diagnostics, SavedState, ABC):
-    """Base of all optimizers here; subclasses define `recipe` and `dense_options`.
+    """Base of all optimizers here; subclasses define `recipe`.
 
     Options of a parameter group that say which matrices its parameters consist of:
         low_rank: False puts all of the group on the dense path.
@@ -129,9 +129,9 @@ class LowRankOptimizer(Diagnostics, SavedState, ABC):
     def recipe(self, group: dict[str, Any]) -> Recipe:
         """The path of a group's matrices, from its options; raises ValueError for options that are not allowed."""
 
-    @abstractmethod
     def dense_options(self, group: dict[str, Any]) -> DenseOptions:
         """The dense path of a group, from its options; raises ValueError for options that are not allowed."""
+        return dense_options(group, of_its_own="dense_betas" in self.defaults)
 
     # The step -----------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_lowrank.optim.dense import DenseOptions, scheduled_dense_options
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.options import check_choice, check_number
 from dist_lowrank.optim.orthogonalization import Orthogonalize, orthogonalizer
@@ -141,6 +140,3 @@ class Muon(LowRankOptimizer):
             orthogonalize=orthogonalizer(group),
             storage=momentum_storage(group),
         )
-
-    def dense_options(self, group: dict[str, Any]) -> DenseOptions:
-        return scheduled_dense_options(group)

@@ -13,7 +13,6 @@ import torch
 
 from dist_lowrank.dictionaries import DICTIONARIES
 from dist_lowrank.optim.blocks import Blocks
-from dist_lowrank.optim.dense import DenseOptions
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.grassmann import Grassmann
 from dist_lowrank.optim.low_rank import LowRank
@@ -128,10 +127,6 @@ class ProjectedAdam(LowRankOptimizer):
             moments=Adam(group["betas"], group["eps"], by_age, group["moment_dtype"], group["corrected_eps"]),
             residual=_residual(group),
         )
-
-    def dense_options(self, group: dict[str, Any]) -> DenseOptions:
-        keys = ("lr", "betas", "eps", "weight_decay", "weight_rounding", "seed")
-        return DenseOptions(**{key: group[key] for key in keys})
 
 
 def _check_parts(group: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_lowrank.optim.dense import DenseOptions, scheduled_dense_options
 from dist_lowrank.optim.engine import VERIFY_EVERY, WORKSPACE_BYTES, LowRankOptimizer
 from dist_lowrank.optim.low_rank import LowRank, column_options
 from dist_lowrank.optim.moments import NewtonSchulz
@@ -106,6 +105,3 @@ class Trion(LowRankOptimizer):
             residual=Accumulate("momentum", "moments", keep=group["momentum"]),
             scale=group["scale"],
         )
-
-    def dense_options(self, group: dict[str, Any]) -> DenseOptions:
-        return scheduled_dense_options(group)
