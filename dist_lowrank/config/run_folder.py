@@ -148,8 +148,7 @@ def create(config: RunConfig, overrides: Sequence[str], run: Path | None = None)
         record = {"config": to_dict(config), "digest": digest(config), "versions": versions()}
         write_atomically(folder.attempt_path / "run.json", _json(record))
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(f"runs: {config.runs} is not allowed ({reason}); allowed: a folder to write in") from error
+        raise _not_writable(f"runs: {config.runs}", error) from error
     return folder
 
 
@@ -183,9 +182,12 @@ def claim(run: str | Path, of_attempt: int | None = None) -> RunFolder:
             folder = begin_again(folder)
             _mark_claimed(folder)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(f"{run}: is not allowed ({reason}); allowed: a folder to write in") from error
+        raise _not_writable(f"{run}:", error) from error
     return folder
+
+
+def _not_writable(given: str, error: OSError) -> ConfigError:
+    return ConfigError(f"{given} is not allowed ({error.strerror or error}); allowed: a folder to write in")
 
 
 def _mark_claimed(folder: RunFolder) -> bool:

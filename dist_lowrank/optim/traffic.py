@@ -74,7 +74,7 @@ def collectives_of_step(
         verification: the columns of all matrices are compared at this step (see `verify_every`).
         dictionaries: those that matrices share change at this step, at which every matrix chooses.
     """
-    bound, jobs = [parameter for members in optimizer.bind() for parameter in members], _jobs(optimizer)
+    bound, jobs = [parameter for members in optimizer.bind() for parameter in members], jobs_of(optimizer)
     collectives = list(_of_agreement(bound)) if optimizer.agree_on_gradients else []
     workspace_bytes = optimizer.workspace_bytes
     if dictionaries:
@@ -98,7 +98,7 @@ def _of_agreement(parameters: Sequence[BoundParameter]) -> Iterator[Collective]:
 
 def collectives_of_dictionaries(optimizer: LowRankOptimizer) -> list[Collective]:
     """Those that a step in which shared dictionaries change has beside what it has anyway."""
-    jobs = [(matrix, recipe) for matrix, recipe in _jobs(optimizer) if matrix.role is not None]
+    jobs = [(matrix, recipe) for matrix, recipe in jobs_of(optimizer) if matrix.role is not None]
     workspace_bytes = optimizer.workspace_bytes - kept_bytes(matrix for matrix, _ in jobs)
     collectives: list[Collective] = []
     for roles, waves in learning_waves(jobs, workspace_bytes):
@@ -116,7 +116,8 @@ def collectives_of_dictionaries(optimizer: LowRankOptimizer) -> list[Collective]
     return collectives
 
 
-def _jobs(optimizer: LowRankOptimizer) -> list[Job]:
+def jobs_of(optimizer: LowRankOptimizer) -> list[Job]:
+    """All its matrices, each with its recipe, in the order of its groups."""
     return [
         job
         for group, members in zip(optimizer.param_groups, optimizer.bind(), strict=True)

@@ -22,6 +22,7 @@ from dist_lowrank.config.optimizers import AdamWConfig
 from dist_lowrank.config.schema import RunConfig
 from dist_lowrank.optim.blocks import Blocks
 from dist_lowrank.optim.engine import LowRankOptimizer
+from dist_lowrank.optim.traffic import jobs_of
 from dist_lowrank.optim.transient import held_bytes, scratch_bytes, whole_columns
 from dist_lowrank.optim.wave import Job
 from dist_lowrank.strategies import apply_strategy, autocast, gradient_sync
@@ -216,14 +217,7 @@ def _traffic(config: RunConfig, optimizer: torch.optim.Optimizer) -> list[Traffi
 
 
 def _jobs(optimizer: torch.optim.Optimizer) -> list[Job]:
-    if not isinstance(optimizer, LowRankOptimizer):
-        return []
-    return [
-        job
-        for group, members in zip(optimizer.param_groups, optimizer.bind(), strict=True)
-        for bound in members
-        for job in optimizer.jobs(optimizer.recipe(group), bound)
-    ]
+    return jobs_of(optimizer) if isinstance(optimizer, LowRankOptimizer) else []
 
 
 def _bounds(optimizer: torch.optim.Optimizer, jobs: Sequence[Job]) -> tuple[int, int]:
