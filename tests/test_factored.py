@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 from dist_lowrank.optim import CAME, SCALE, SMMF, Adafactor, AdamW8bit
-from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.flat_slices import FlatSlice
 from dist_lowrank.sharding.pieces import FlatPart
 
 STEPS = 20

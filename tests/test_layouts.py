@@ -12,15 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_lowrank.sharding.exchanged import (
-    ColumnBlock,
-    Delivered,
-    Exchanged,
-    FlatColumns,
-    FlatRows,
-    FlatSlice,
-    flat_layout,
-)
+from dist_lowrank.sharding.exchanged import ColumnBlock, Delivered, Exchanged, FlatColumns, FlatRows, flat_layout
+from dist_lowrank.sharding.flat_slices import FlatSlice
 from dist_lowrank.sharding.layouts import chunk_range, tall_form
 
 shapes = st.tuples(st.integers(1, 7), st.integers(1, 7))

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.flat_slices import FlatSlice
 from dist_lowrank.sharding.pieces import FlatPart
 
 

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from dist_lowrank.optim import DCTAdamW, Fira, Trion
 from dist_lowrank.optim.state_dict import full_state_dict
 from dist_lowrank.optim.traffic import collectives_of_step
-from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.flat_slices import FlatSlice
 from dist_lowrank.sharding.pieces import FlatPart
 
 # On gloo, by the words of torch.distributed.

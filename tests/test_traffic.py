@@ -16,7 +16,7 @@ from torch import nn
 
 from dist_lowrank.optim import Apollo, DCTAdamW, Dion, Dion3, Fira, GaLore, LDAdam, Muon, SubTrack, Trion
 from dist_lowrank.optim.traffic import collectives_of_step
-from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.flat_slices import FlatSlice
 from dist_lowrank.sharding.pieces import FlatPart
 
 LAYOUTS = [("ddp", 3), ("fsdp", 2), ("fsdp", 4), ("fsdp_rows", 3), ("hsdp", 4), ("flat", 3)]

@@ -38,7 +38,7 @@ from dist_lowrank.optim import (
 from dist_lowrank.optim.rounding import CHUNK_ELEMENTS
 from dist_lowrank.optim.shared_dictionary import kept_bytes
 from dist_lowrank.optim.transient import held_bytes, scratch_bytes
-from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.flat_slices import FlatSlice
 from dist_lowrank.sharding.layouts import local
 from dist_lowrank.sharding.pieces import FlatPart
 

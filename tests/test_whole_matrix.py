@@ -29,7 +29,8 @@ from dist_lowrank.optim.orthogonalization import Orthogonalize
 from dist_lowrank.optim.projections import RandomProjection
 from dist_lowrank.optim.rounding import RandomBits
 from dist_lowrank.optim.subspace import Place
-from dist_lowrank.sharding.exchanged import FlatSlice, flat_layout
+from dist_lowrank.sharding.exchanged import flat_layout
+from dist_lowrank.sharding.flat_slices import FlatSlice
 from dist_lowrank.sharding.layouts import TallForm, tall_form
 from dist_lowrank.sharding.pieces import FlatPart
 from dist_lowrank.sharding.rounds import Task, run_rounds

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from dist_lowrank.sharding.exchanged import FlatSlice, check_slices
+from dist_lowrank.sharding.flat_slices import FlatSlice, check_slices
 from dist_lowrank.sharding.layouts import LayoutError, chunk_range
 
 View = Callable[[Tensor], Tensor]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dist_lowrank.optim.binding import canonical_name
 from dist_lowrank.optim.engine import LowRankOptimizer
-from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.flat_slices import FlatSlice
 from dist_lowrank.sharding.layouts import LayoutError
 from dist_lowrank.sharding.pieces import FlatPart
 from dist_lowrank.strategies.flat_claims import FlatTensor, Run, check_claims, check_weights, read_buffer

@@ -21,7 +21,7 @@ from dist_lowrank.checkpoint.state import NativeState, let_state_sleep, model_te
 from dist_lowrank.optim.binding import canonical_name
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.given import GivenParameters
-from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.flat_slices import FlatSlice
 from dist_lowrank.sharding.layouts import LayoutError
 from dist_lowrank.sharding.rounds import exchange
 from dist_lowrank.strategies.deepspeed import flat_tensors

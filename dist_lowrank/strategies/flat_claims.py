@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.flat_slices import FlatSlice
 from dist_lowrank.sharding.layouts import LayoutError
 from dist_lowrank.sharding.pieces import FlatPart
 

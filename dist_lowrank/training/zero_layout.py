@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_lowrank.sharding.exchanged import FlatSlice
+from dist_lowrank.sharding.flat_slices import FlatSlice
 
 
 def cut_group(
