@@ -17,6 +17,9 @@ STORED_RUNS = Path(__file__).parent / "stored_runs"
 README = Path(__file__).parents[1] / "README.md"
 FAULTS_PAGE = Path(__file__).parents[1] / "docs" / "faults.md"
 
+# Tensors are small here and processes many: threads of theirs would only wait for each other, ten times as long.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -124,7 +124,7 @@ def test_a_node_that_dies_in_the_middle_and_a_port_in_use_are_told(taken: socket
     port = str(taken.getsockname()[1])
     blocked = Node("--nodes", f"{A},{B}", "--port", port, "--node-rank", "0")
     fooled = Node("--nodes", f"{A},{B}", "--port", port, "--node-rank", "1", "--timeout-seconds", "2")
-    shared = ["--nodes", f"{A},{B}", "--port", str(free_port()), "--timeout-seconds", "6"]
+    shared = ["--nodes", f"{A},{B}", "--port", str(free_port()), "--timeout-seconds", "4"]
     first, second = Node(*shared, "--node-rank", "0"), Node(*shared, "--node-rank", "1")
     second.kill_in_all_reduce()
 

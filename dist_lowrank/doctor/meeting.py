@@ -92,6 +92,7 @@ def _lead(place: Place, store: Store, port: int, own: Facts, least: float | None
                 done[rank] = json.loads(store.get(f"done/{rank}"))
             else:
                 items.append(lost(place, place.nodes[rank], _SILENT))
+                present.remove(rank)  # nothing more is awaited of it
         items += [Item(**item) for rank in done for item in done[rank]["items"]]
         if len(place.nodes) > 1:
             items.append(_equal_versions(place, [each.build for each in facts]))
