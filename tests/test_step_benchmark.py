@@ -1,20 +1,30 @@
-"""`benchmarks/optimizer_step.py` runs, with every contender that is installed."""
+"""The benchmarks behind docs/speed.md run in their short form, and their tables go where they belong."""
 
 from __future__ import annotations
 
 import importlib.util
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "optimizer_step.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_import_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def _script(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(BENCHMARKS / f"{name}.py"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_short_form_times_every_contender_beside_its_bounds(dtype: str) -> None:
-    script = runpy.run_path(str(SCRIPT))
+    script = _script("optimizer_step")
     text = script["main"](["--short", "--dtype", dtype, "--clock", "processor"])
     lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
     names = [each.name for each in script["contenders"](script["matrices"]("tiny", None), torch.float32)]
@@ -28,11 +38,10 @@ def test_the_short_form_times_every_contender_beside_its_bounds(dtype: str) -> N
     assert float(lines["DCTAdamW n/4"][4]) > 0
 
 
-def test_tables_go_between_the_comments_of_their_dtype_and_device() -> None:
-    script = runpy.run_path(str(SCRIPT))
-    place = "<!-- optimizer step, cpu, float32: written by --write -->"
+def test_a_table_goes_between_the_comments_of_its_name() -> None:
+    with_table = _script("measuring")["with_table"]
+    place = "<!-- scaling: written by --write -->"
     text = f"before\n{place}\nold\n<!-- end -->\nafter\n<!-- end -->"
-    written = script["with_tables"](text, ["new"], "float32", torch.device("cpu"))
-    assert written == f"before\n{place}\n\nnew\n\n<!-- end -->\nafter\n<!-- end -->"
+    assert with_table(text, "scaling", "new") == f"before\n{place}\n\nnew\n\n<!-- end -->\nafter\n<!-- end -->"
     with pytest.raises(ValueError, match="no place"):
-        script["with_tables"](text, ["new"], "bfloat16", torch.device("cpu"))
+        with_table(text, "collectives", "new")
