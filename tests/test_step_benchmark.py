@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,16 +17,12 @@ def _benchmarks_import_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def _script(name: str) -> dict[str, Any]:
-    return runpy.run_path(str(BENCHMARKS / f"{name}.py"))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_short_form_times_every_contender_beside_its_bounds(dtype: str) -> None:
-    script = _script("optimizer_step")
-    text = script["main"](["--short", "--dtype", dtype, "--clock", "processor"])
+    script = importlib.import_module("optimizer_step")
+    text = script.main(["--short", "--dtype", dtype, "--clock", "processor"])
     lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
-    names = [each.name for each in script["contenders"](script["matrices"]("tiny", None), torch.float32)]
+    names = [each.name for each in script.contenders(script.matrices("tiny", None), torch.float32)]
     assert set(names) <= set(lines)
     for name in names:
         if "torchao" in name and importlib.util.find_spec("torchao") is None:
@@ -39,9 +34,21 @@ def test_the_short_form_times_every_contender_beside_its_bounds(dtype: str) -> N
 
 
 def test_a_table_goes_between_the_comments_of_its_name() -> None:
-    with_table = _script("measuring")["with_table"]
+    with_table = importlib.import_module("measuring").with_table
     place = "<!-- scaling: written by --write -->"
     text = f"before\n{place}\nold\n<!-- end -->\nafter\n<!-- end -->"
     assert with_table(text, "scaling", "new") == f"before\n{place}\n\nnew\n\n<!-- end -->\nafter\n<!-- end -->"
     with pytest.raises(ValueError, match="no place"):
         with_table(text, "collectives", "new")
+
+
+def test_bytes_on_the_wire_are_those_declared_and_gradients_between_refreshes_r_of_n() -> None:
+    """The script ends with an error where they are not; on 2 and 4 processes."""
+    text = importlib.import_module("step_collectives").main(["--short"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    gradients = {row[2]: row for row in rows if row[3] == "gradients" and row[-2]}
+    assert [row[0] for row in rows if row[0].isdigit()] == ["4", "2", "2"]
+    assert float(gradients["refresh"][-2]) == 1
+    assert float(gradients["between refreshes"][-2]) == 0.25
+    assert float(gradients["refresh"][-1]) < 1e-10  # weights, from those of whole gradients
+    assert float(gradients["every step"][-2]) > 0.25  # scores beside coefficients
