@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,15 @@ def test_bytes_on_the_wire_are_those_declared_and_gradients_between_refreshes_r_
     assert float(gradients["between refreshes"][-2]) == 0.25
     assert float(gradients["refresh"][-1]) < 1e-10  # weights, from those of whole gradients
     assert float(gradients["every step"][-2]) > 0.25  # scores beside coefficients
+
+
+def test_the_short_form_of_scaling_counts_bytes_and_fits_exponents() -> None:
+    text = importlib.import_module("scaling").main(["--short", "--clock", "processor"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    exponents = next(row[2:] for row in rows if row[0] == "exponent")
+    assert len(exponents) == 5
+    assert all(map(math.isfinite, map(float, exponents)))
+    one, apart, two, four = (int(row[-1].replace(",", "")) for row in rows if row[0] == "refresh")
+    assert one == apart == 0  # with no one to send to
+    assert two == 4 * 2 * 2 * 7 * 64  # 4 bytes, 2 layers for each of 2 processes, 7 matrices, n = 64
+    assert four == 2 * two
