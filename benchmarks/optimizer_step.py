@@ -17,23 +17,20 @@ large product of the same dtype.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import CLOCKS, provenance, show
 from torch import Tensor
 from torch.nn import Parameter
 
 from dist_lowrank.optim import DCTAdamW, GaLore, Muon, Trion
 from dist_lowrank.sharding.layouts import tall_form
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "speed.md"
 SIZES = {  # hidden size, intermediate size, layers
     "tiny": (64, 176, 1),
     "9m": (128, 352, 4),
@@ -45,7 +42,6 @@ SIZES = {  # hidden size, intermediate size, layers
 RANKS = {"n/16": 1 / 16, "n/4": 1 / 4}
 NEVER = 10**9  # steps between refreshes, after the first
 LR = 1e-6
-CLOCKS = {"elapsed": time.perf_counter, "processor": time.process_time}
 Step = Callable[[], object]
 
 
@@ -206,8 +202,8 @@ def table(size: str, layers: int | None, options: argparse.Namespace) -> list[st
     count = sum(parameter.numel() for parameter in parameters)
     lines = [
         f"{size}, {layers or SIZES[size][2]} layers, {count / 1e6:.1f} M parameters in {len(shapes)} matrices, "
-        f"{options.dtype}; {bandwidth / 1e9:.0f} GB/s, {rate / 1e9:.0f} GFLOP/s; {options.clock} time, "
-        f"{where(device)}.",
+        f"{options.dtype}; {options.clock} time, {torch.get_num_threads()} threads; {bandwidth / 1e9:.0f} GB/s, "
+        f"{rate / 1e9:.0f} GFLOP/s.",
         "",
         "| step | median, ms | least, ms | x foreach AdamW | x two products | roofline, ms |",
         "|---|---|---|---|---|---|",
@@ -233,34 +229,6 @@ def table(size: str, layers: int | None, options: argparse.Namespace) -> list[st
     return lines
 
 
-def where(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), "CPU")
-    load = os.getloadavg()[0]
-    return f"{model}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, load of the machine {load:.1f}"
-
-
-def with_tables(text: str, tables: Sequence[str], dtype: str, device: torch.device) -> str:
-    """A document with other tables between the comments of a device and a dtype.
-
-    Raises:
-        ValueError: it has no such comments.
-    """
-    begin, end = f"<!-- optimizer step, {device.type}, {dtype}: written by --write -->", "<!-- end -->"
-    before, found, rest = text.partition(begin)
-    if not found:
-        raise ValueError(f"{DOCUMENT.name} has no place for these tables; allowed: one with a line {begin!r}")
-    shown = "\n\n".join(tables)
-    return f"{before}{begin}\n\n{shown}\n\n{end}{rest.partition(end)[2]}"
-
-
-def commit() -> str:
-    command = ["git", "-C", str(DOCUMENT.parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, text=True, capture_output=True).stdout.strip() or "unknown"
-
-
 def main(arguments: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["60m", "350m"])
@@ -276,18 +244,14 @@ def main(arguments: Sequence[str] | None = None) -> str:
     options = parser.parse_args(arguments)
     if options.short:
         options.sizes, options.repeats, options.threads = ["tiny"], 1, 1
-    threads = torch.get_num_threads()
+    threads, device = torch.get_num_threads(), torch.device(options.device)
     torch.set_num_threads(options.threads)
     try:
         tables = ["\n".join(table(size, options.layers, options)) for size in options.sizes]
     finally:
         torch.set_num_threads(threads)
-    tables[0] = f"Commit {commit()}. {tables[0]}"
-    if options.write:
-        DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), tables, options.dtype, torch.device(options.device)))
-    text = "\n\n".join(tables)
-    print(f"\n{text}")
-    return text
+    text = "\n\n".join([provenance(__file__, arguments, device), *tables])
+    return show(f"optimizer step, {device.type}, {options.dtype}", text, write=options.write)
 
 
 if __name__ == "__main__":

@@ -199,3 +199,8 @@ def test_predictions_hold_for_stacks_fused_weights_and_parts_of_flat_tensors(str
 def test_one_process_sends_nothing() -> None:
     model = Model(SHAPES, torch.float32)
     assert collectives_of_step(DCTAdamW(model.named_parameters()), verification=True) == []
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_a_group_of_one_process_sends_nothing(layout: str) -> None:
+    assert run_on_ranks(1, _predicted_and_sent, layout, 1, "dct_adamw", 2**20) == [[([], [])] * 5]

@@ -19,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_lowrank.optim.binding import BoundMatrix, BoundParameter
+from dist_lowrank.optim.columns import PreviousColumns
 from dist_lowrank.optim.engine import LowRankOptimizer
+from dist_lowrank.optim.low_rank import LowRank
 from dist_lowrank.optim.recipe import Sum, Whole
 from dist_lowrank.optim.shared_dictionary import kept_bytes, learning_waves
 from dist_lowrank.optim.wave import Job, cut_waves
@@ -61,11 +63,12 @@ def collectives_of_step(
     step: int | None = None,
     verification: bool = False,
     dictionaries: bool = False,
+    scores_known: bool = False,
 ) -> list[Collective]:
     """The collectives of one step in which every parameter has a gradient, in order.
 
-    Left out are those of the first step, which compares replicas, and those that a gradient needs whose DTensor is not
-    placed as its parameter's.
+    Left out are those of the first step, which compares replicas, those that a gradient needs whose DTensor is not
+    placed as its parameter's, and the further sums of an SVD whose gradient has a lower rank than the subspace.
 
     Args:
         refresh: every matrix chooses its columns at this step; otherwise those alone that do so at each.
@@ -73,6 +76,7 @@ def collectives_of_step(
             `refresh`.
         verification: the columns of all matrices are compared at this step (see `verify_every`).
         dictionaries: those that matrices share change at this step, at which every matrix chooses.
+        scores_known: ranks have summed the scores of `selection="previous"` with the gradients (`gradient_sync`).
     """
     bound, jobs = [parameter for members in optimizer.bind() for parameter in members], jobs_of(optimizer)
     collectives = list(_of_agreement(bound)) if optimizer.agree_on_gradients else []
@@ -82,7 +86,7 @@ def collectives_of_step(
         refresh, step = True, None
         workspace_bytes -= kept_bytes(matrix for matrix, _ in jobs)
     for wave in cut_waves(jobs, workspace_bytes):
-        collectives += _of_wave(wave, refresh, step)
+        collectives += _of_wave(wave, refresh, step, scores_known)
     if verification:
         collectives += _of_verification([matrix for matrix, _ in jobs])
     return collectives
@@ -127,13 +131,15 @@ def jobs_of(optimizer: LowRankOptimizer) -> list[Job]:
     ]
 
 
-def _of_wave(wave: Sequence[Job], refresh: bool, step: int | None) -> Iterator[Collective]:
+def _of_wave(wave: Sequence[Job], refresh: bool, step: int | None, scores_known: bool) -> Iterator[Collective]:
     wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
     matrices = [matrix for matrix, _ in wave]
     fetched = [(matrix, _fetched(matrix), matrix.dtype) for matrix in matrices if matrix.layout.exchanges]
     yield from _fused("rows", "all_to_all", fetched)
     rounds = [
-        recipe.rounds(matrix.layout.form, refresh if step is None else recipe.refreshes(step))
+        []
+        if scores_known and isinstance(recipe, LowRank) and isinstance(recipe.subspace, PreviousColumns)
+        else recipe.rounds(matrix.layout.form, refresh if step is None else recipe.refreshes(step))
         for matrix, recipe in wave
     ]
     for sizes in zip_longest(*rounds):  # by round; None: the rule has ended

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -47,15 +48,16 @@ def forecast_traffic(config: RunConfig, world_size: int) -> list[TrafficRow]:
 
 def traffic_of(config: RunConfig, optimizer: LowRankOptimizer) -> list[TrafficRow]:
     """By kind of step and purpose, of an optimizer on the layouts of a run."""
-    at_refresh = collectives_of_step(optimizer, refresh=True)
-    otherwise = collectives_of_step(optimizer, refresh=False)
+    of_step = partial(collectives_of_step, optimizer, scores_known=config.strategy.low_rank_gradients)
+    at_refresh = of_step(refresh=True)
+    otherwise = of_step(refresh=False)
     changing = collectives_of_dictionaries(optimizer)
     verifying = []
     if optimizer.verify_every:
-        verifying = collectives_of_step(optimizer, refresh=True, verification=True)[len(at_refresh) :]
+        verifying = of_step(refresh=True, verification=True)[len(at_refresh) :]
     if isinstance(config.optimizer, DCTAdamWConfig | ProjectedConfig) and config.optimizer.refresh_stagger:
         one_interval = range(2, config.optimizer.refresh_interval + 2)  # after the first step, at which all choose
-        steps = (collectives_of_step(optimizer, step=step) for step in one_interval)
+        steps = (of_step(step=step) for step in one_interval)
         at_refresh = max(steps, key=lambda sent: sum(each.bytes for each in sent))
     if at_refresh == otherwise:
         rows = _by_purpose("every step", at_refresh)
