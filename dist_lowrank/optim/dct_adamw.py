@@ -66,6 +66,11 @@ class DCTAdamW(LowRankOptimizer):
             replicated DTensors), since they must round alike.
         materialize: keep the n x n matrix of each dictionary. False keeps O(n) numbers, makes the chosen columns from
             the formula at each use, and needs `transform` `fft` or `auto` (then `fft`); not for `random`.
+        transform_precision: of the operands of products with the dictionary: `fp32` (fp64 for float64 parameters), or
+            `bf16`: gradients, directions and the dictionary's matrix, which then takes half the memory, are rounded to
+            bfloat16, while sums, scores and moments stay as they are. bfloat16 gradients are then read, and bfloat16
+            weights rounded to nearest written, without copies in float32. Needs `transform="gemm"` and a fixed
+            dictionary; no effect on `identity`.
         ranking: `l2`, by energy, or `l1`, by sum of absolute values.
         selection: by whose score columns are chosen: `current`, of this step's gradient, or `previous`, of the last
             step's, another algorithm, which needs `refresh_interval=1` and a fixed dictionary; n numbers of state per
@@ -119,6 +124,7 @@ class DCTAdamW(LowRankOptimizer):
         dictionary_interval: int = 500,
         transform: str = "gemm",
         materialize: bool = True,
+        transform_precision: str = "fp32",
         ranking: str = "l2",
         selection: str = "current",
         side: str = "shorter",
@@ -147,6 +153,7 @@ class DCTAdamW(LowRankOptimizer):
             "dictionary_interval": dictionary_interval,
             "transform": transform,
             "materialize": materialize,
+            "transform_precision": transform_precision,
             "ranking": ranking,
             "selection": selection,
             "side": side,
