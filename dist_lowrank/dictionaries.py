@@ -211,6 +211,12 @@ class Dictionary:
             if faster_transform(name, n, dtype, device, lambda rows: rows @ matrix, self._fast) == "gemm":
                 self._fast = None
 
+    @property
+    def atoms(self) -> Tensor:
+        """`D^T`, (n, n), of the operands' dtype, where it is kept: its rows are the candidates."""
+        assert self._atoms is not None
+        return self._atoms
+
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
         of_formula = self._formula.table if self._formula else None
@@ -228,8 +234,7 @@ class Dictionary:
             return rows
         if self._fast is not None:
             return self._fast(rows)
-        assert self._atoms is not None
-        return self._times(rows, self._atoms.t())
+        return self._times(rows, self.atoms.t())
 
     def project(self, rows: Tensor, indices: Tensor) -> Tensor:
         """Coordinates on the chosen candidates alone: `rows @ D[:, indices]`, (L, n) -> (L, r)."""
@@ -275,8 +280,7 @@ class Dictionary:
     def _atoms_in_blocks(self, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`D[:, indices[part]]^T` for the parts that make up the indices; one part if the matrix is there."""
         if self._formula is None:
-            assert self._atoms is not None
-            yield slice(0, len(indices)), self._atoms.index_select(0, indices)
+            yield slice(0, len(indices)), self.atoms.index_select(0, indices)
             return
         width = max(1, min(BLOCK_ELEMENTS // self.n, self.n // 2))
         for start in range(0, len(indices), width):
@@ -294,7 +298,6 @@ class LearnedDictionary(Dictionary):
     def __init__(self, atoms: Tensor) -> None:
         self.name, self.n, self.dtype, self.operands = "shared", len(atoms), atoms.dtype, atoms.dtype
         self._atoms, self._formula, self._fast = atoms, None, None
-        self.atoms = atoms
 
 
 class DictionaryCache:

@@ -371,6 +371,7 @@ def test_keys_about_tokens_are_no_credentials(key: str) -> None:
         "model.compile=true",
         "optimizer.transform=fft",
         "optimizer.materialize=false",
+        "optimizer.kernels=triton",
         "data.cache=elsewhere",
         "data.workers=1",
     ],

@@ -219,5 +219,7 @@ def test_it_is_a_key_of_the_configuration_that_changes_the_science() -> None:
     config = compose(["optimizer.transform_precision=bf16"])
     assert config.optimizer.transform_precision == "bf16"
     assert digest(config) != digest(compose([]))
-    with pytest.raises(ConfigError, match=r"optimizer\.transform_precision: fp16 is not allowed; .*allowed: fp32, bf16"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.transform_precision: fp16 is not allowed; .*allowed: fp32, bf16"
+    ):
         compose(["optimizer=trion", "optimizer.transform_precision=fp16"])

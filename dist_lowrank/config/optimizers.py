@@ -60,6 +60,7 @@ class DCTAdamWConfig:
     state_dtype: StateDtype = None
     weight_rounding: WeightRounding = "nearest"
     transform_precision: Precision = "fp32"
+    kernels: Literal["torch", "triton"] = "torch"
 
     @model_validator(mode="after")
     def _momentum_has_where_to_go(self) -> DCTAdamWConfig:

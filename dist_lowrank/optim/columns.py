@@ -64,8 +64,12 @@ class DictionaryColumns:
     def choose(
         self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None
     ) -> Rule[Choice]:
-        previous = state["indices"][: 0 if number == 0 or place.new_dictionary else None].clone()
         scores = yield column_scores(coordinates[place.owned], self.ranking)  # (n,)
+        return self.chosen(scores, state, place, number)
+
+    def chosen(self, scores: Tensor, state: Mapping[str, Tensor], place: Place, number: int) -> Choice:
+        """By scores (n,), summed over ranks."""
+        previous = state["indices"][: 0 if number == 0 or place.new_dictionary else None].clone()
         indices = top_columns(scores, place.form.rank)
         return Choice(self.basis(place, indices), scores[indices].sum() / scores.sum(), previous)
 

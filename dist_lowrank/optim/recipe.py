@@ -116,6 +116,9 @@ class Recipe(ABC):
     def check(self, form: TallForm) -> None:  # noqa: B027 (most have nothing to refuse)
         """Raises ValueError for a matrix that has no such update."""
 
+    def check_parameter(self, parameter: Tensor) -> None:  # noqa: B027
+        """Raises ValueError for a parameter that cannot be updated where it is, or in its dtype."""
+
     @property
     def full_rows(self) -> bool:
         """Whether the update has something made of the gradient's rows (`added`), beside a lifted direction."""
