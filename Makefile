@@ -67,7 +67,7 @@ test-hosts: setup
 # Triton's kernels, in its interpreter where there is no GPU; kept apart, since torch uses whatever triton it finds.
 test-triton: setup
 	$(BIN)/pip install --quiet --no-deps --target build/triton triton==3.5.1
-	PYTHONPATH=build/triton $(BIN)/python -m pytest tests/test_triton_kernels.py
+	PYTHONPATH=build/triton $(BIN)/python -m pytest tests/test_triton_kernels.py tests/test_triton_step.py
 
 # Times single steps on the matrices of LLaMA models beside those of others, and writes the tables of docs/speed.md.
 step-benchmark: setup

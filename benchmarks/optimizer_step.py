@@ -70,7 +70,12 @@ def tall(tensor: Tensor) -> Tensor:
 
 
 def ours(optimizer: type[Any], **options: Any) -> Callable[[list[Parameter]], Step]:
-    return lambda parameters: optimizer(parameters, lr=LR, verify_every=0, **options).step
+    def make(parameters: list[Parameter]) -> Step:
+        if options.get("kernels") == "triton":
+            import triton  # noqa: F401 (so that it is told here where it is not installed)
+        return optimizer(parameters, lr=LR, verify_every=0, **options).step  # type: ignore[no-any-return]
+
+    return make
 
 
 def torchs(name: str, **options: Any) -> Callable[[list[Parameter]], Step]:
@@ -117,7 +122,7 @@ def products(fraction: float) -> Callable[[list[Parameter]], Step]:
     return make
 
 
-def contenders(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Iterator[Contender]:
+def contenders(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> Iterator[Contender]:
     """Bytes count the gradient, the weight twice, and moments, float32, twice; operations a product's two per entry."""
     elements = sum(rows * columns for rows, columns in shapes)
     n = min(shapes[0])
@@ -136,6 +141,16 @@ def contenders(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Iterato
         yield Contender(name, ordinary, label, moved, 4 * elements * rank)
         by_matrix = 2 * elements * (n + rank)
         yield Contender(f"{name}, refresh", ours(make, rank=fraction), None, moved, by_matrix)
+        if dtype == torch.bfloat16:  # what is rounded to it anyway
+            narrow: dict[str, Any] = {"rank": fraction, "transform_precision": "bf16", "moment_dtype": dtype}
+            kinds = {"bf16 operands and moments": narrow}
+            if device.type == "cuda":
+                kinds["the same in triton"] = narrow | {"kernels": "triton"}
+            for kind, options in kinds.items():
+                fewer = moved - round(8 * elements * fraction)
+                ordinary = ours(make, refresh_interval=NEVER, **options)
+                yield Contender(f"{name}, {kind}", ordinary, label, fewer, 4 * elements * rank)
+                yield Contender(f"{name}, {kind}, refresh", ours(make, **options), None, fewer, by_matrix)
         yield Contender(f"{name}, refresh by fft", ours(make, rank=fraction, transform="fft"), None, moved)
         yield Contender(f"GaLore {label}", ours(GaLore, rank=fraction, refresh_interval=NEVER), label, moved)
         yield Contender(f"GaLore {label}, refresh", ours(GaLore, rank=fraction, refresh_interval=1))
@@ -144,6 +159,8 @@ def contenders(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Iterato
         theirs = pytorch_optimizers("GaLore", fraction, 1)
         yield Contender(f"pytorch-optimizer GaLore {label}, refresh", theirs)
     yield Contender("Trion n/4", ours(Trion, rank=1 / 4))
+    if dtype == torch.bfloat16:
+        yield Contender("Trion n/4, bf16 operands", ours(Trion, rank=1 / 4, transform_precision="bf16"))
     yield Contender("Muon", ours(Muon))
 
 
@@ -208,7 +225,7 @@ def table(size: str, layers: int | None, options: argparse.Namespace) -> list[st
         "| step | median, ms | least, ms | x foreach AdamW | x two products | roofline, ms |",
         "|---|---|---|---|---|---|",
     ]
-    for contender in contenders(shapes, dtype):
+    for contender in contenders(shapes, dtype, device):
         try:
             step = contender.make(parameters)
         except ImportError as error:

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from dist_lowrank.fast_transforms import FAST_TRANSFORMS, FastTransform, faster_transform, hadamard_block
+from dist_lowrank.kernels.narrow_products import add_product, product
 
 DICTIONARIES = ("dct2", "dct3", "hadamard", "random", "identity")
 TRANSFORMS = ("gemm", "fft", "auto")
+PRECISIONS = ("fp32", "bf16")  # of the operands of products
 
 BLOCK_ELEMENTS = 2**20  # of columns made from the formula at once
 
@@ -72,14 +74,26 @@ def check_dictionary(name: str, n: int | None = None) -> None:
         )
 
 
-def check_transform(name: str, transform: str, materialize: bool) -> None:
+def check_transform(name: str, transform: str, materialize: bool, precision: str = "fp32") -> None:
     """Raises ValueError unless products with dictionary `name` can be computed in this way."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"transform_precision: {precision!r} is not allowed; allowed: {', '.join(PRECISIONS)}")
     if transform not in TRANSFORMS:
         raise ValueError(f"transform: {transform!r} is not allowed; allowed: {', '.join(TRANSFORMS)}")
     if materialize is not True and materialize is not False:
         raise ValueError(f"materialize: {materialize!r} is not allowed; allowed: True, False")
     if name == "identity":
         return  # there is nothing to multiply by
+    if precision == "bf16" and name == "shared":
+        raise ValueError(
+            "transform_precision: 'bf16' is not allowed with dictionary='shared', whose matrix is state in fp32; "
+            "allowed: fp32, or another dictionary"
+        )
+    if precision == "bf16" and transform != "gemm":
+        raise ValueError(
+            f"transform_precision: 'bf16' is not allowed with transform={transform!r}, as a fast transform is computed "
+            "in fp32; allowed: fp32, or transform='gemm'"
+        )
     if transform == "fft" and name not in FAST_TRANSFORMS:
         raise ValueError(
             f"transform: 'fft' is not allowed with dictionary={name!r}, which has no fast transform; allowed: gemm, "
@@ -97,6 +111,11 @@ def check_transform(name: str, transform: str, materialize: bool) -> None:
             "materialize: False is not allowed with transform='gemm', which multiplies by the n x n matrix; allowed: "
             "True, or transform=fft, auto"
         )
+
+
+def operand_dtype(name: str, dtype: torch.dtype, precision: str) -> torch.dtype:
+    """Of products with dictionary `name` in `dtype`."""
+    return torch.bfloat16 if precision == "bf16" and name != "identity" else dtype
 
 
 class _Formula:
@@ -151,6 +170,8 @@ class Dictionary:
 
     Args:
         dtype: of the products, float32 or float64; rows of another are converted.
+        precision: of operands. `bf16`: rows, coefficients and the matrix, which is kept so, are rounded to bfloat16;
+            sums and results stay in `dtype`. `fp32`: they are of `dtype`.
         transform: how `transform` multiplies: `gemm` by the matrix, `fft` by the fast transform, `auto` by the faster
             of the two (see `faster_transform`). All agree to rounding.
 
@@ -168,17 +189,19 @@ class Dictionary:
         seed: int = 0,
         transform: str = "gemm",
         materialize: bool = True,
+        precision: str = "fp32",
     ) -> None:
         check_dictionary(name, n)
-        check_transform(name, transform, materialize)
+        check_transform(name, transform, materialize, precision)
         self.name, self.n, self.dtype = name, n, dtype
+        self.operands = operand_dtype(name, dtype, precision)
         self._atoms: Tensor | None = None  # (n, n) = D^T
         self._formula: _Formula | None = None
         self._fast: FastTransform | None = None
         if name == "identity":
             return
         if materialize:
-            self._atoms = columns(name, n, dtype=dtype, device=device, seed=seed).t().contiguous()
+            self._atoms = columns(name, n, dtype=self.operands, device=device, seed=seed).t().contiguous()
         else:
             self._formula = _Formula(name, n, dtype, device)
         if name in FAST_TRANSFORMS and transform != "gemm":
@@ -187,6 +210,12 @@ class Dictionary:
             matrix = self._atoms.t()
             if faster_transform(name, n, dtype, device, lambda rows: rows @ matrix, self._fast) == "gemm":
                 self._fast = None
+
+    @property
+    def atoms(self) -> Tensor:
+        """`D^T`, (n, n), of the operands' dtype, where it is kept: its rows are the candidates."""
+        assert self._atoms is not None
+        return self._atoms
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
@@ -200,21 +229,24 @@ class Dictionary:
 
     def transform(self, rows: Tensor) -> Tensor:
         """Coordinates of each row: `rows @ D`, (L, n) -> (L, n). May return `rows` itself."""
-        rows = rows.to(self.dtype)
+        rows = rows.to(self.operands)
         if self.name == "identity":
             return rows
         if self._fast is not None:
             return self._fast(rows)
-        assert self._atoms is not None
-        return rows @ self._atoms.t()
+        return self._times(rows, self.atoms.t())
 
     def project(self, rows: Tensor, indices: Tensor) -> Tensor:
         """Coordinates on the chosen candidates alone: `rows @ D[:, indices]`, (L, n) -> (L, r)."""
-        rows = rows.to(self.dtype)
+        rows = rows.to(self.operands)
         if self.name == "identity":
             return rows.index_select(1, indices)
-        parts = [rows @ atoms.t() for _, atoms in self._atoms_in_blocks(indices)]
+        parts = [self._times(rows, atoms.t()) for _, atoms in self._atoms_in_blocks(indices)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _times(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        """`rows @ matrix`, both of the operands' dtype."""
+        return rows @ matrix if self.operands == self.dtype else product(rows, matrix, self.dtype)
 
     def add_lifted(
         self,
@@ -229,7 +261,7 @@ class Dictionary:
         """In place: `target = decay * target + scale * (coefficients @ D[:, indices]^T)[:, columns]`.
 
         Args:
-            target: (L, width of `columns`).
+            target: (L, width of `columns`), of the products' dtype, or of a narrower one of the operands.
         """
         if self.name == "identity":
             start, stop, _ = columns.indices(self.n)
@@ -240,13 +272,15 @@ class Dictionary:
             return
         for part, atoms in self._atoms_in_blocks(indices):
             beta = decay if part.start == 0 else 1
-            target.addmm_(coefficients[:, part], atoms[:, columns], beta=beta, alpha=scale)
+            if self.operands == self.dtype:
+                target.addmm_(coefficients[:, part], atoms[:, columns], beta=beta, alpha=scale)
+            else:
+                add_product(target, coefficients.to(self.operands), atoms[:, columns], beta=beta, alpha=scale)
 
     def _atoms_in_blocks(self, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`D[:, indices[part]]^T` for the parts that make up the indices; one part if the matrix is there."""
         if self._formula is None:
-            assert self._atoms is not None
-            yield slice(0, len(indices)), self._atoms.index_select(0, indices)
+            yield slice(0, len(indices)), self.atoms.index_select(0, indices)
             return
         width = max(1, min(BLOCK_ELEMENTS // self.n, self.n // 2))
         for start in range(0, len(indices), width):
@@ -262,9 +296,8 @@ class LearnedDictionary(Dictionary):
     """
 
     def __init__(self, atoms: Tensor) -> None:
-        self.name, self.n, self.dtype = "shared", len(atoms), atoms.dtype
+        self.name, self.n, self.dtype, self.operands = "shared", len(atoms), atoms.dtype, atoms.dtype
         self._atoms, self._formula, self._fast = atoms, None, None
-        self.atoms = atoms
 
 
 class DictionaryCache:
@@ -283,12 +316,13 @@ class DictionaryCache:
         seed: int,
         transform: str = "gemm",
         materialize: bool = True,
+        precision: str = "fp32",
     ) -> Dictionary:
-        key = (name, n, dtype, device, seed if name == "random" else 0, transform, materialize)
+        seed = seed if name == "random" else 0
+        options = {"seed": seed, "transform": transform, "materialize": materialize, "precision": precision}
+        key = (name, n, dtype, device, *options.values())
         if key not in self._dictionaries:
-            self._dictionaries[key] = Dictionary(
-                name, n, dtype=dtype, device=device, seed=seed, transform=transform, materialize=materialize
-            )
+            self._dictionaries[key] = Dictionary(name, n, dtype=dtype, device=device, **options)  # type: ignore[arg-type]
         return self._dictionaries[key]
 
     def tensors(self) -> list[Tensor]:

@@ -52,7 +52,11 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "dct_adamw_unsharded": (DCTAdamW, {"lr": 0.01, "rank": 0.5, "side": "unsharded"}),
     "dct_adamw_previous": (DCTAdamW, {"lr": 0.01, "rank": 0.5, "selection": "previous"}),
     "trion": (Trion, {"lr": 0.01, "rank": 0.5}),
+} | {
+    f"{name}_operands": (make, {"lr": 0.01, "rank": 0.5, "transform_precision": "bf16", **options})
+    for name, make, options in (("dct_adamw", DCTAdamW, {"refresh_interval": 2}), ("trion", Trion, {}))
 }
+OPERANDS = ["dct_adamw_operands", "trion_operands"]  # in bfloat16
 
 
 class Model(nn.Module):

@@ -140,6 +140,7 @@ def test_keys_of_the_configuration_can_be_interpolated() -> None:
         "model.compile=true",
         "optimizer.transform=fft",
         "optimizer.materialize=false",
+        "optimizer.kernels=triton",
         "data.cache=elsewhere",
         "data.workers=1",
     ],

@@ -24,7 +24,17 @@ RANKS = [  # flat slices are what stages 1 to 3 of ZeRO make; `fsdp_rows` has ma
     for world_size in {"hsdp": (2, 4), "fsdp": (1, 2, 4)}.get(layout, (1, 2, 3, 4))  # what Shard(1) divides
     for rank in range(world_size)
 ]
-FEW = ("feedback int4", "moments int8", "shared", "fft", "galore", "ldadam", "dion", "smmf, bf16 weights")
+FEW = (
+    "feedback int4",
+    "moments int8",
+    "shared",
+    "fft",
+    "galore",
+    "ldadam",
+    "dion",
+    "smmf, bf16 weights",
+    "bf16 operands",
+)
 FAST = (("ddp", 2, 1), ("fsdp_rows", 3, 2), ("hsdp", 4, 1), ("flat", 3, 0))
 FLOAT32, FLOAT64, BF16 = torch.float32, torch.float64, torch.bfloat16
 KINDS = OPTIMIZERS | {

@@ -43,6 +43,7 @@ OPTIONS: dict[str, list[str]] = {
     "moments bf16": ["optimizer.moment_dtype=bf16", "optimizer.error_feedback=bf16", "optimizer.rank=0.5"],
     "ages": ["optimizer.column_bias_correction=true", "optimizer.rank=3"],
     "fft": ["optimizer.transform=fft", "optimizer.materialize=false", "optimizer.side=left"],
+    "bf16 operands": ["optimizer.transform_precision=bf16"],
     "shared": ["optimizer.dictionary=shared"],
     "state of weights": ["optimizer.state_dtype=weights", "precision=bf16_weights"],
     "fp64": ["precision=fp64"],

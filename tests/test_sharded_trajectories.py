@@ -10,7 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_on_ranks
-from sharded_models import LOW_BIT, OPTIMIZERS, SHAPES, Model, full, gradients, joined, placed_as, random_cuts, shard
+from sharded_models import (
+    LOW_BIT,
+    OPERANDS,
+    OPTIMIZERS,
+    SHAPES,
+    Model,
+    full,
+    gradients,
+    joined,
+    placed_as,
+    random_cuts,
+    shard,
+)
 from support_matrix import supports
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -114,7 +126,7 @@ SHARDINGS = [
 @pytest.mark.parametrize(
     "optimizer",
     [
-        pytest.param(name, marks=pytest.mark.slow if name == "dct_adamw_previous" else ())
+        pytest.param(name, marks=pytest.mark.slow if name in ("dct_adamw_previous", *OPERANDS) else ())
         for name in OPTIMIZERS
         if not name.endswith("unsharded")
     ],
@@ -133,7 +145,7 @@ def test_sharded_trajectory_equals_one_process(
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     if OPTIMIZERS[optimizer][1].get("error_feedback") == "fp32":
         tolerance = max(tolerance, 1e-5)  # what is stored in float32 rounds in float32
-    if dtype == torch.float32 and optimizer in LOW_BIT:
+    if dtype == torch.float32 and optimizer in (*LOW_BIT, *OPERANDS):
         tolerance = 2e-3  # a sum in another order may, rarely, tip a stored number to the next one
     for weights, indices in run_on_ranks(world_size, trajectory, strategy, world_size, optimizer, dtype):
         assert_same_indices(indices, expected_indices)

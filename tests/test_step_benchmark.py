@@ -23,7 +23,9 @@ def test_the_short_form_times_every_contender_beside_its_bounds(dtype: str) -> N
     script = importlib.import_module("optimizer_step")
     text = script.main(["--short", "--dtype", dtype, "--clock", "processor"])
     lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
-    names = [each.name for each in script.contenders(script.matrices("tiny", None), torch.float32)]
+    shapes, device = script.matrices("tiny", None), torch.device("cpu")
+    names = [each.name for each in script.contenders(shapes, getattr(torch, dtype), device)]
+    assert any("bf16 operands" in name for name in names) == (dtype == "bfloat16")
     assert set(names) <= set(lines)
     for name in names:
         if "torchao" in name and importlib.util.find_spec("torchao") is None:

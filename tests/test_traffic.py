@@ -33,6 +33,7 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "muon_bf16": (Muon, {"newton_schulz_dtype": torch.bfloat16, "side": "left"}),  # owners get half the bytes
     "dion": (Dion, {"rank": 0.25}),  # sums in two dtypes
     "dion3": (Dion3, {"rank": 0.25}),
+    "operands": (DCTAdamW, {"rank": 0.5, "transform_precision": "bf16"}),  # rows and directions in two bytes
 }
 COLUMNS = ("dct_adamw", "trion")
 OWNED = ("muon", "muon_bf16", "dion3")
@@ -103,12 +104,13 @@ def _elements(sent: Sent) -> int:
     return sum(elements for _, elements, _ in sent)
 
 
-WHOLE = {("ddp", "dion3"), ("fsdp_rows", "dion"), ("flat", "muon_bf16")}  # quick of OWNED and Dion
+# Quick of OWNED and others.
+WHOLE = {("ddp", "dion3"), ("fsdp_rows", "dion"), ("flat", "muon_bf16"), ("ddp", "operands"), ("fsdp_rows", "operands")}
 QUICK = [
     (layout, name)
     for layout in LAYOUTS
     for name in OPTIMIZERS
-    if ((layout[0], name) in WHOLE if name in (*OWNED, "dion") else name in COLUMNS or layout in CUT)
+    if ((layout[0], name) in WHOLE if name in (*OWNED, "dion", "operands") else name in COLUMNS or layout in CUT)
 ]
 
 

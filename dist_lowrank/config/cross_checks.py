@@ -97,6 +97,8 @@ def _low_rank_gradients(config: RunConfig) -> list[str]:
         problems.append(_refused(f"optimizer.{rest}", "none there"))
     if source.endswith(("=shared", "=blocks", "=gaussian")):
         problems.append(_refused(f"optimizer.{source}", "any other there"))
+    if optimizer.transform_precision != "fp32":
+        problems.append(_refused(f"optimizer.transform_precision={optimizer.transform_precision}", "fp32 there"))
     if optimizer.refresh_interval == 1 and getattr(optimizer, "selection", "current") == "current":
         problems.append(_refused("optimizer.refresh_interval=1", "2 or more there (dct_adamw: or selection=previous)"))
     return problems

@@ -20,6 +20,7 @@ Rank = (
 )
 Dictionary = Literal["dct2", "dct3", "hadamard", "random", "identity", "shared"]
 Transform = Literal["gemm", "fft", "auto"]
+Precision = Literal["fp32", "bf16"]  # of the operands of products with a dictionary
 Ranking = Literal["l2", "l1"]
 Side = Literal["shorter", "longer", "right", "left", "unsharded"]
 Projection = Literal[
@@ -58,6 +59,8 @@ class DCTAdamWConfig:
     moment_dtype: Literal["fp32", "bf16", "int8"] | None = None
     state_dtype: StateDtype = None
     weight_rounding: WeightRounding = "nearest"
+    transform_precision: Precision = "fp32"
+    kernels: Literal["torch", "triton"] = "torch"
 
     @model_validator(mode="after")
     def _momentum_has_where_to_go(self) -> DCTAdamWConfig:
@@ -98,6 +101,7 @@ class TrionConfig:
     dense_eps: PositiveFloat = 1e-8
     state_dtype: StateDtype = None
     weight_rounding: WeightRounding = "nearest"
+    transform_precision: Precision = "fp32"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -199,6 +203,7 @@ class ProjectedConfig:
     return_momentum: bool = False
     decay_last: bool = False
     weight_rounding: WeightRounding = "nearest"
+    transform_precision: Precision = "fp32"  # with a dictionary as subspace
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -34,6 +34,7 @@ _NOT_SCIENCE = (
     "model.compile",
     "optimizer.transform",
     "optimizer.materialize",
+    "optimizer.kernels",
     "data.cache",
     "data.workers",
 )

@@ -1,16 +1,16 @@
-"""A step on dictionary columns in three Triton kernels. Needs `triton`; no engine uses them yet.
+"""A step on dictionary columns in three Triton kernels. Needs `triton`; taken with `kernels="triton"`.
 
 - `column_energy`: what columns are chosen by, without the transformed gradient ever in memory;
 - `project_and_direct`: projection, Adam's moments and direction, from gradient to direction in one;
 - `lift_into`: lift, decay and weight update, from direction to weight in one.
 
-Gradients and weights of any strides and of float32 or bfloat16 are read and written as they are, without a copy in
-float32; chosen columns are read from the dictionary by their indices. Products have operands of the dictionary's dtype;
-sums, scores and Adam are float32. Nothing is added atomically, so that a step repeats to the bit.
+Gradients and weights of any strides, and moments, all of float32 or bfloat16, are read and written as they are, without
+a copy in float32; chosen columns are read from the dictionary by their indices. Products have operands of the
+dictionary's dtype; sums, scores and Adam are float32. Nothing is added atomically, so that a step repeats to the bit.
 
 Each has a path in torch that says what it computes: `column_scores(dictionary.transform(rows))`, `dictionary.project`
 and `adam_direction`, `dictionary.add_lifted`. The kernels were run in Triton's interpreter alone, on a CPU; whether
-they are faster than the path in torch is unmeasured, and the engine takes that one until it is.
+they are faster than the path in torch is unmeasured, and that one is the default until it is.
 """
 
 from __future__ import annotations
@@ -72,13 +72,14 @@ def _project_and_direct(
     )  # fmt: skip
     place = row[:, None] * rank + slot[None, :]
     known = (row < length)[:, None] & (slot < rank)[None, :]
-    first = tl.load(mean + place, mask=known, other=0.0)
-    second = tl.load(square + place, mask=known, other=0.0)
+    first = tl.load(mean + place, mask=known, other=0.0).to(tl.float32)
+    second = tl.load(square + place, mask=known, other=0.0).to(tl.float32)
     first += new1 * (sums - first)
     second += new2 * (sums * sums - second)
-    tl.store(mean + place, first, mask=known)
-    tl.store(square + place, second, mask=known)
-    tl.store(direction + place, first / correction1 / (tl.sqrt(second / correction2) + eps), mask=known)
+    tl.store(mean + place, first.to(mean.dtype.element_ty), mask=known)
+    tl.store(square + place, second.to(square.dtype.element_ty), mask=known)
+    updated = first / correction1 / (tl.sqrt(second / correction2) + eps)
+    tl.store(direction + place, updated.to(direction.dtype.element_ty), mask=known)
 
 
 @triton.jit
@@ -141,14 +142,14 @@ def project_and_direct(
     Args:
         rows, atoms: as `column_energy`'s.
         indices: (r,), int64.
-        mean, square: (L, r), float32, contiguous.
+        mean, square: (L, r), float32 or bfloat16, contiguous.
 
     Returns:
-        Tensor (L, r), float32.
+        Tensor (L, r), of the dictionary's dtype.
     """
     (length, n), rank = rows.shape, len(indices)
     _check(atoms, rows, mean, square)
-    direction = torch.empty_like(mean)
+    direction = torch.empty_like(mean, dtype=atoms.dtype)
     grid = (triton.cdiv(length, _ROWS), triton.cdiv(rank, _COLUMNS))
     corrections = (1 - betas[0] ** step, 1 - betas[1] ** step)
     if length:
@@ -164,7 +165,7 @@ def lift_into(weight: Tensor, direction: Tensor, atoms: Tensor, indices: Tensor,
 
     Args:
         weight: (L, n), float32 or bfloat16, any strides.
-        direction: (L, r), float32, contiguous.
+        direction: (L, r), float32 or bfloat16, contiguous.
         atoms, indices: as `project_and_direct`'s.
     """
     (length, n), rank = weight.shape, len(indices)
@@ -178,12 +179,9 @@ def lift_into(weight: Tensor, direction: Tensor, atoms: Tensor, indices: Tensor,
 
 
 def _check(atoms: Tensor, matrix: Tensor, *contiguous: Tensor) -> None:
-    for each in (atoms, matrix):
+    for each in (atoms, matrix, *contiguous):
         if each.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype: {each.dtype} is not allowed; allowed: torch.float32, torch.bfloat16")
     for each in (atoms, *contiguous):
         if not each.is_contiguous():
             raise ValueError(f"strides: {each.stride()} of shape {tuple(each.shape)}; allowed: contiguous")
-    for each in contiguous:
-        if each.dtype != torch.float32:
-            raise ValueError(f"dtype: {each.dtype} is not allowed; allowed: torch.float32")

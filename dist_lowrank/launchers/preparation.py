@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dist_lowrank.config import ConfigError, RunConfig, RunFolder, compose, create, digest, open_run
 from dist_lowrank.config.deepspeed_json import deepspeed_json
+from dist_lowrank.config.optimizers import DCTAdamWConfig
 from dist_lowrank.launchers.startable import check_startable
 from dist_lowrank.training.data import check_data
 
@@ -87,6 +88,8 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     sizes = (world_size,) if world_size else config.launcher.world_sizes or (resolve_processes(config)[1],)
     for size in sizes:
         check_world(config, size)
+    if not config.launcher.world_sizes:  # else processes start elsewhere
+        _check_kernels(config)
     try:
         check_data(config.data)
     except (ValueError, ConnectionError) as error:
@@ -97,6 +100,17 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     parameter_table(config, sizes[-1])  # for its checks: names match, layouts are supported
     if config.resume.starts_elsewhere:
         _check_source(config)
+
+
+def _check_kernels(config: RunConfig) -> None:
+    if not isinstance(config.optimizer, DCTAdamWConfig) or config.optimizer.kernels == "torch":
+        return
+    from dist_lowrank.optim.triton_columns import check_device
+
+    try:
+        check_device(resolve_processes(config)[0], config.optimizer.transform_precision)
+    except ValueError as error:
+        raise ConfigError(f"optimizer.{error}") from error
 
 
 def _check_source(config: RunConfig) -> None:

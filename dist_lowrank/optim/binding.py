@@ -161,6 +161,7 @@ def bind_parameter(
         form = tall_form(piece.shape, recipe.side, recipe.rank, sharded_axis(piece, parameter))
         try:
             recipe.check(form)
+            recipe.check_parameter(parameter)
         except ValueError as error:
             raise ValueError(f"parameter {piece.name!r} of shape {form.shape}: {error}") from None
         layout = read_layout(piece, parameter, form, replicas, None if place is None else place.group)

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dist_lowrank.dictionaries import BLOCK_ELEMENTS, Dictionary, check_dictionary, check_transform
+from dist_lowrank.dictionaries import BLOCK_ELEMENTS, Dictionary, check_dictionary, check_transform, operand_dtype
+from dist_lowrank.kernels import narrow_products
 from dist_lowrank.optim.options import check_choice
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.optim.subspace import Change, Choice, Place
@@ -27,15 +28,22 @@ class DictionaryColumns:
     transform: str = "gemm"
     materialize: bool = True
     seed: int = 0  # of the `random` dictionary
+    precision: str = "fp32"  # of operands
 
     uses_momentum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_dictionary(self.dictionary)
-        check_transform(self.dictionary, self.transform, self.materialize)
+        check_transform(self.dictionary, self.transform, self.materialize, self.precision)
         check_choice("ranking", self.ranking, RANKINGS)
 
+    def operands(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of rows and directions, where arithmetic is in `dtype`."""
+        return operand_dtype(self.dictionary, dtype, self.precision)
+
     def scratch_elements(self, form: TallForm) -> int:
+        if self.precision == "bf16":  # blocks of both operands in wide
+            return 2 * sum(min(lines * form.n, narrow_products.BLOCK_ELEMENTS) for lines in (form.rows, form.n))
         return 0 if self.materialize else 8 * min(form.rank * form.n, BLOCK_ELEMENTS)  # 64-bit integers and the entry
 
     def check(self, form: TallForm) -> None:
@@ -56,8 +64,12 @@ class DictionaryColumns:
     def choose(
         self, coordinates: Tensor, state: Mapping[str, Tensor], place: Place, number: int, mean: Tensor | None
     ) -> Rule[Choice]:
-        previous = state["indices"][: 0 if number == 0 or place.new_dictionary else None].clone()
         scores = yield column_scores(coordinates[place.owned], self.ranking)  # (n,)
+        return self.chosen(scores, state, place, number)
+
+    def chosen(self, scores: Tensor, state: Mapping[str, Tensor], place: Place, number: int) -> Choice:
+        """By scores (n,), summed over ranks."""
+        previous = state["indices"][: 0 if number == 0 or place.new_dictionary else None].clone()
         indices = top_columns(scores, place.form.rank)
         return Choice(self.basis(place, indices), scores[indices].sum() / scores.sum(), previous)
 
@@ -80,6 +92,7 @@ class DictionaryColumns:
             seed=self.seed,
             transform=transform,
             materialize=self.materialize,
+            precision=self.precision,
         )
 
 

@@ -16,6 +16,7 @@ from dist_lowrank.optim.moments import Adam
 from dist_lowrank.optim.options import check_choice, refuse
 from dist_lowrank.optim.residuals import Accumulate, Drop, Residual
 from dist_lowrank.optim.storage import Floats, Levels, Storage
+from dist_lowrank.optim.triton_columns import TritonColumns, TritonLowRank, check_options
 
 _STORAGES: dict[str, Storage] = {
     "fp32": Floats(torch.float32),
@@ -65,6 +66,15 @@ class DCTAdamW(LowRankOptimizer):
             replicated DTensors), since they must round alike.
         materialize: keep the n x n matrix of each dictionary. False keeps O(n) numbers, makes the chosen columns from
             the formula at each use, and needs `transform` `fft` or `auto` (then `fft`); not for `random`.
+        transform_precision: of the operands of products with the dictionary: `fp32` (fp64 for float64 parameters), or
+            `bf16`: gradients, directions and the dictionary's matrix, which then takes half the memory, are rounded to
+            bfloat16, while sums, scores and moments stay as they are. bfloat16 gradients are then read, and bfloat16
+            weights rounded to nearest written, without copies in float32. Needs `transform="gemm"` and a fixed
+            dictionary; no effect on `identity`.
+        kernels: `torch`, its operators; or `triton`, kernels of our own that make a step in three launches without
+            coordinates in memory, for float32 and bfloat16 parameters on a GPU. Those cover `transform="gemm"` with a
+            dictionary that is fixed and not the identity, `ranking="l2"`, and no error feedback, no
+            `column_bias_correction`, no int8 moments, no `selection="previous"`. Unmeasured, see docs/speed.md.
         ranking: `l2`, by energy, or `l1`, by sum of absolute values.
         selection: by whose score columns are chosen: `current`, of this step's gradient, or `previous`, of the last
             step's, another algorithm, which needs `refresh_interval=1` and a fixed dictionary; n numbers of state per
@@ -118,6 +128,8 @@ class DCTAdamW(LowRankOptimizer):
         dictionary_interval: int = 500,
         transform: str = "gemm",
         materialize: bool = True,
+        transform_precision: str = "fp32",
+        kernels: str = "torch",
         ranking: str = "l2",
         selection: str = "current",
         side: str = "shorter",
@@ -146,6 +158,8 @@ class DCTAdamW(LowRankOptimizer):
             "dictionary_interval": dictionary_interval,
             "transform": transform,
             "materialize": materialize,
+            "transform_precision": transform_precision,
+            "kernels": kernels,
             "ranking": ranking,
             "selection": selection,
             "side": side,
@@ -171,6 +185,7 @@ class DCTAdamW(LowRankOptimizer):
         check_choice("error_feedback", group["error_feedback"], tuple(_RESIDUALS))
         check_choice("error_feedback_momentum", group["error_feedback_momentum"], (False, True))
         check_choice("selection", group["selection"], ("current", "previous"))
+        check_choice("kernels", group["kernels"], ("torch", "triton"))
         options = column_options(group)
         if group["selection"] == "previous":
             if group["refresh_interval"] != 1 or group["dictionary"] == "shared":
@@ -179,7 +194,12 @@ class DCTAdamW(LowRankOptimizer):
             options["subspace"] = PreviousColumns(
                 **{each.name: getattr(columns, each.name) for each in fields(columns)}
             )
-        return LowRank(
+        recipe: type[LowRank] = LowRank
+        if group["kernels"] == "triton":
+            check_options(group)
+            recipe, columns = TritonLowRank, options["subspace"]
+            options["subspace"] = TritonColumns(**{each.name: getattr(columns, each.name) for each in fields(columns)})
+        return recipe(
             **options,
             refresh_interval=group["refresh_interval"],
             refresh_stagger=group["refresh_stagger"],

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dist_lowrank.optim.binding import BoundMatrix
-from dist_lowrank.optim.columns import PreviousColumns
+from dist_lowrank.optim.columns import DictionaryColumns, PreviousColumns
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.low_rank import LowRank
 from dist_lowrank.optim.options import refuse
@@ -70,6 +70,8 @@ def _check_drops_the_rest(recipe: Recipe) -> None:
         raise refuse("low_rank_gradients", True, "False with a residual or error feedback")
     if isinstance(recipe.subspace, RandomProjection) and recipe.subspace.kind == "gaussian":
         raise refuse("low_rank_gradients", True, "False with subspace='gaussian', whose vectors are not orthonormal")
+    if isinstance(recipe.subspace, DictionaryColumns) and recipe.subspace.precision == "bf16":
+        raise refuse("low_rank_gradients", True, "False with transform_precision='bf16', which would round twice")
     if shares_dictionary(recipe):
         raise refuse("low_rank_gradients", True, "False with a shared dictionary, which changes at steps of its own")
     if recipe.refresh_interval == 1 and not isinstance(recipe.subspace, PreviousColumns):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_lowrank.optim.columns import DictionaryColumns
 from dist_lowrank.optim.moments import Moments
 from dist_lowrank.optim.options import check_choice, check_count, refuse
 from dist_lowrank.optim.recipe import Recipe, Rounds, Update
@@ -80,6 +81,11 @@ class LowRank(Recipe):
     def full_rows(self) -> bool:
         return isinstance(self.residual, AddedRows)
 
+    def operands(self, dtype: torch.dtype) -> torch.dtype:
+        if self.full_rows or not isinstance(self.subspace, DictionaryColumns):
+            return dtype
+        return self.subspace.operands(dtype)
+
     def added(self, rows: Tensor, weights: Tensor, basis: Any) -> Tensor:
         assert isinstance(self.residual, AddedRows)
         return self.residual.added(rows, weights, basis)
@@ -130,7 +136,7 @@ class LowRank(Recipe):
             )
             weights = found * factor
         direction = direction * self.alpha if residual.lifts else direction[:, :0]
-        return Update(direction, basis, choice, weights)
+        return Update(direction.to(self.operands(place.dtype)), basis, choice, weights)
 
 
 def column_options(group: Mapping[str, Any]) -> dict[str, Any]:

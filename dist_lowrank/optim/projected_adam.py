@@ -53,6 +53,7 @@ DEFAULTS: dict[str, Any] = {
     "ranking": "l2",
     "transform": "gemm",
     "materialize": True,
+    "transform_precision": "fp32",
     "transition": "keep",
     "bias_correction": "step",
     "corrected_eps": True,
@@ -82,8 +83,9 @@ class ProjectedAdam(LowRankOptimizer):
             and `1 - rho` of gradient; `grassmann`, the subspace before, turned by `grassmann_step` towards what it
             misses; `gaussian`, `stiefel`, `coordinates`, drawn at random; `svd_then_stiefel`, drawn from `switch_step`
             on; or the columns of most energy of a dictionary, `dct2`, `dct3`, `hadamard`, `random`, `identity` (with
-            `ranking`, `transform`, `materialize` as `DCTAdamW`'s), `shared` (which changes every `dictionary_interval`
-            steps, a multiple of refresh_interval). Or `blocks`, FRUGAL's: whole matrices take turns.
+            `ranking`, `transform`, `materialize`, `transform_precision` as `DCTAdamW`'s), `shared` (which changes every
+            `dictionary_interval` steps, a multiple of refresh_interval). Or `blocks`, FRUGAL's: whole matrices take
+            turns.
         block_order: of `blocks`: `random`; `ascending`, `descending`, going round; `mirror`, up and then down.
         refresh_interval: T; directions are chosen at steps 1, T + 1, 2 T + 1, ...
         refresh_stagger: as `DCTAdamW`'s.
@@ -147,6 +149,10 @@ def _check_parts(group: Mapping[str, Any]) -> None:
             residual,
             "none, gradient_scaled with subspace='gaussian', whose vectors are not orthonormal, so that A - A P P^T is "
             "not what is outside of it (subspace='stiefel' is random and orthonormal)",
+        )
+    if group["transform_precision"] != "fp32" and subspace not in DICTIONARIES:
+        raise refuse(
+            "transform_precision", group["transform_precision"], f"fp32 with subspace={subspace!r}, no fixed dictionary"
         )
     if group["switch_step"] is not None and subspace != "svd_then_stiefel":
         raise refuse("switch_step", group["switch_step"], f"None with subspace={subspace!r}, which never switches")

@@ -99,7 +99,7 @@ class Recipe(ABC):
         """One update of one matrix.
 
         Args:
-            rows: this rank's rows of the gradient, (l, n), float32 or float64; not modified.
+            rows: this rank's rows of the gradient, (l, n), of the dtype of `operands`; not modified.
             state: this rank's tensors as `state` declares them; updated in place.
             step: number of this update, from 1.
             noise: random numbers of these rows at this step.
@@ -116,6 +116,9 @@ class Recipe(ABC):
     def check(self, form: TallForm) -> None:  # noqa: B027 (most have nothing to refuse)
         """Raises ValueError for a matrix that has no such update."""
 
+    def check_parameter(self, parameter: Tensor) -> None:  # noqa: B027
+        """Raises ValueError for a parameter that cannot be updated where it is, or in its dtype."""
+
     @property
     def full_rows(self) -> bool:
         """Whether the update has something made of the gradient's rows (`added`), beside a lifted direction."""
@@ -124,6 +127,13 @@ class Recipe(ABC):
     def added(self, rows: Tensor, weights: Tensor, basis: Any) -> Tensor:
         """What is made of rows (l, n) of the gradient by their weights (l, 1), where `full_rows`."""
         return rows * weights
+
+    def operands(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the rows that the rule takes and of its direction, where arithmetic is in `dtype`.
+
+        A narrower one if both are nothing but operands of products. The lift is then rounded once into weights of it.
+        """
+        return dtype
 
     def columns_delivered(self, form: TallForm) -> int:
         """Numbers per row that ranks need to update each other's rows."""

@@ -20,6 +20,7 @@ from dist_lowrank.subspaces import RANKINGS
 def columns_of(dictionary: str, group: Mapping[str, Any]) -> DictionaryColumns:
     """The columns of a dictionary, fixed or shared, with the options of a parameter group."""
     options = {key: group[key] for key in ("ranking", "transform", "materialize", "seed")}
+    options["precision"] = group["transform_precision"]
     check_choice("dictionary", dictionary, (*DICTIONARIES, "shared"))
     if dictionary != "shared":
         return DictionaryColumns(dictionary, **options)
@@ -43,7 +44,7 @@ class SharedColumns(DictionaryColumns):
     dictionary_interval: int = 500
 
     def __post_init__(self) -> None:
-        check_transform(self.dictionary, self.transform, self.materialize)
+        check_transform(self.dictionary, self.transform, self.materialize, self.precision)
         check_choice("ranking", self.ranking, RANKINGS)
 
     def check(self, form: TallForm) -> None:

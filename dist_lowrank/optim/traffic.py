@@ -134,7 +134,12 @@ def jobs_of(optimizer: LowRankOptimizer) -> list[Job]:
 def _of_wave(wave: Sequence[Job], refresh: bool, step: int | None, scores_known: bool) -> Iterator[Collective]:
     wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
     matrices = [matrix for matrix, _ in wave]
-    fetched = [(matrix, _fetched(matrix), matrix.dtype) for matrix in matrices if matrix.layout.exchanges]
+    operands = [recipe.operands(matrix.dtype) for matrix, recipe in wave]  # the dtype of rows and of directions
+    fetched = [
+        (matrix, _fetched(matrix), dtype)
+        for matrix, dtype in zip(matrices, operands, strict=True)
+        if matrix.layout.exchanges
+    ]
     yield from _fused("rows", "all_to_all", fetched)
     rounds = [
         []
@@ -154,8 +159,8 @@ def _of_wave(wave: Sequence[Job], refresh: bool, step: int | None, scores_known:
     deliveries = [matrix.layout.delivery(recipe.full_rows) for matrix, recipe in wave]
     gathered = [
         # Short blocks are padded.
-        (matrix, matrix.layout.largest_block * recipe.columns_delivered(matrix.layout.form), matrix.dtype)
-        for (matrix, recipe), delivery in zip(wave, deliveries, strict=True)
+        (matrix, matrix.layout.largest_block * recipe.columns_delivered(matrix.layout.form), dtype)
+        for (matrix, recipe), dtype, delivery in zip(wave, operands, deliveries, strict=True)
         if delivery == "coefficients"
     ]
     yield from _fused("coefficients", "all_gather", gathered)

@@ -29,9 +29,9 @@ class Trion(LowRankOptimizer):
     Args:
         params: tensors, named tensors or groups; every option can differ per group.
         lr, momentum, weight_decay: of matrices. `weight_decay` also holds for the dense path.
-        rank, dictionary, dictionary_interval, transform, materialize, ranking, side, state_dtype, weight_rounding,
-            seed, process_group, workspace_bytes, verify_every, agree_on_gradients: as `DCTAdamW`'s. Columns are
-            chosen at every step.
+        rank, dictionary, dictionary_interval, transform, materialize, transform_precision, ranking, side, state_dtype,
+            weight_rounding, seed, process_group, workspace_bytes, verify_every, agree_on_gradients: as `DCTAdamW`'s.
+            Columns are chosen at every step.
         newton_schulz_steps: quintic steps with coefficients (3.4445, -4.7750, 2.0315).
         scale: of the step: `spectral`, max(1, sqrt(R / C)); `match_rms_adamw`, 0.2 sqrt(max(R, C)); `none`, 1.
         dense_lr, dense_betas, dense_eps: of AdamW on the dense path. Schedulers change `lr`; `dense_lr` follows in
@@ -53,6 +53,7 @@ class Trion(LowRankOptimizer):
         dictionary_interval: int = 500,
         transform: str = "gemm",
         materialize: bool = True,
+        transform_precision: str = "fp32",
         ranking: str = "l2",
         side: str = "shorter",
         newton_schulz_steps: int = 5,
@@ -77,6 +78,7 @@ class Trion(LowRankOptimizer):
             "dictionary_interval": dictionary_interval,
             "transform": transform,
             "materialize": materialize,
+            "transform_precision": transform_precision,
             "ranking": ranking,
             "side": side,
             "newton_schulz_steps": newton_schulz_steps,

@@ -79,7 +79,7 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
     wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
     layouts = [matrix.layout for matrix, _ in wave]
     gradients = [matrix.piece.view(by_parameter[matrix.parameter]) for matrix, _ in wave]
-    rows = fetch_rows(layouts, gradients, [matrix.dtype for matrix, _ in wave])
+    rows = fetch_rows(layouts, gradients, [recipe.operands(matrix.dtype) for matrix, recipe in wave])
     tasks, random = [], []
     for index, (matrix, recipe) in enumerate(wave):
         own = matrix.state(state[matrix.parameter])
@@ -109,7 +109,9 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
         if update.choice is not None:
             matrix.previous_indices, matrix.captured_energy = update.choice.previous_indices, update.choice.captured
         weight = matrix.piece.view(local(matrix.parameter.detach()))
-        target = weight.to(matrix.dtype)  # the weight itself unless it is of lower precision
+        lifts = deliveries[index] in ("local", "coefficients")
+        narrow = lifts and recipe.weight_rounding == "nearest" and recipe.operands(matrix.dtype) == weight.dtype
+        target = weight if narrow else weight.to(matrix.dtype)  # the weight itself unless it is of lower precision
         decay, scale = step_size(recipe, layout.form)
         if isinstance(layout, Delivered) and deliveries[index] == "rows":
             layout.add_update(target, arrived[index], decay=decay, scale=scale)
@@ -118,7 +120,7 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
         else:
             view = layout.form.view(target)
             _add(view, update, shares[index], recipe, made_of[index], decay, scale, layout.columns)
-        if weight.dtype != matrix.dtype:
+        if target is not weight:
             store_weight(weight, target, recipe.weight_rounding, random[index], layout.offset, layout.form.shape)
 
 
@@ -143,7 +145,8 @@ def _share(update: Update) -> Tensor:
 
 def _lift(update: Update, matrix: BoundMatrix, recipe: Recipe, rows: Tensor | None) -> Tensor:
     """The update of the rows worked on, (l, n)."""
-    lifted = update.direction.new_zeros(len(update.direction), matrix.layout.form.n)
+    direction = update.direction
+    lifted = torch.zeros(len(direction), matrix.layout.form.n, dtype=matrix.dtype, device=direction.device)
     _add(lifted, update, _share(update), recipe, rows, 1.0, 1.0, slice(None))
     return lifted
 

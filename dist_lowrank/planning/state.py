@@ -124,9 +124,10 @@ def _dictionary_bytes(
             continue
         transform = _transform(subspace, parameter, repeated)
         dtype = arithmetic_dtype(parameter.tensor)
-        key = (subspace.dictionary, parameter.form.n, dtype, subspace.seed, transform, subspace.materialize)
+        kept = subspace.operands(dtype)
+        key = (subspace.dictionary, parameter.form.n, dtype, kept, subspace.seed, transform, subspace.materialize)
         if key not in sizes:
-            sizes[key] = _one_dictionary(subspace, parameter.form.n, dtype, transform, device_type)
+            sizes[key] = _one_dictionary(subspace, parameter.form.n, kept, transform, device_type)
     return sum(sizes.values())
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from dist_lowrank.config.optimizers import AdamWConfig
+from dist_lowrank.config.optimizers import AdamWConfig, DCTAdamWConfig
 from dist_lowrank.config.schema import RunConfig
 from dist_lowrank.optim.blocks import Blocks
 from dist_lowrank.optim.engine import LowRankOptimizer
@@ -96,6 +96,8 @@ def trace(
         with_updates: follow updates too.
     """
     config = config if block_count is None else with_blocks(config, block_count)
+    if isinstance(config.optimizer, DCTAdamWConfig):  # other kernels do not run here, and hold no more
+        config = replace(config, optimizer=replace(config.optimizer, kernels="torch"))
     with _without_collection(), pretended_rank(0, world_size):
         model = build_model(config, meta=True)
         if config.strategy.name in ("fsdp", "hsdp"):
