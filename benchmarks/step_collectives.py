@@ -30,10 +30,10 @@ from measuring import ROOT, provenance, show
 from dist_lowrank.config import RunConfig, compose
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.traffic import collectives_of_step
-from dist_lowrank.planning.parameters import PlannedParameter, planned_parameters
 from dist_lowrank.planning.traffic import strategy_traffic
 from dist_lowrank.training.evaluate import next_token_loss
 from dist_lowrank.training.model import build_model
+from dist_lowrank.training.planned_parameters import PlannedParameter, planned_parameters
 from dist_lowrank.training.strategy import Strategy, make_strategy
 from dist_lowrank.training.traffic_forecast import TrafficRow
 
