@@ -17,6 +17,8 @@ large product of the same dtype.
 from __future__ import annotations
 
 import argparse
+import importlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +42,17 @@ SIZES = {  # hidden size, intermediate size, layers
     "7b": (4096, 11008, 32),
 }
 RANKS = {"n/16": 1 / 16, "n/4": 1 / 4}
+# Name, package and its class, options, products of an ordinary step on r columns; `make step-benchmark` installs them.
+PEERS = (
+    ("pytorch-optimizer GaLore", "pytorch_optimizer", "GaLore", {"projection_type": "std"}, 2),
+    ("galore-torch GaLore", "galore_torch", "GaLoreAdamW", {"proj_type": "std"}, 2),
+    ("pytorch-optimizer APOLLO", "pytorch_optimizer", "APOLLO", {"projection_type": "std"}, 1),
+    (
+        *("apollo-torch APOLLO", "apollo_torch", "APOLLOAdamW"),
+        *({"proj_type": "std", "proj": "random", "scale_type": "channel"}, 1),
+    ),
+    ("pytorch-optimizer Fira", "pytorch_optimizer", "Fira", {"projection_type": "std"}, 2),
+)
 NEVER = 10**9  # steps between refreshes, after the first
 LR = 1e-6
 Step = Callable[[], object]
@@ -88,16 +101,16 @@ def torchaos(parameters: list[Parameter]) -> Step:
     return AdamW8bit(parameters, lr=LR).step
 
 
-def pytorch_optimizers(name: str, fraction: float, interval: int) -> Callable[[list[Parameter]], Step]:
-    """Of the package; one rank for all matrices, which compress the same axis length."""
+def projected(
+    module: str, name: str, fraction: float, interval: int, **options: Any
+) -> Callable[[list[Parameter]], Step]:
+    """Of a package; one rank for all matrices, which compress the same axis length."""
 
     def make(parameters: list[Parameter]) -> Step:
-        import pytorch_optimizer
-
+        optimizer = getattr(importlib.import_module(module), name)
         rank = round(fraction * min(parameters[0].shape))
         group = {"params": parameters, "rank": rank, "update_proj_gap": interval, "scale": 1.0}
-        optimizer = getattr(pytorch_optimizer, name)([group | {"projection_type": "std"}], lr=LR)
-        return optimizer.step  # type: ignore[no-any-return]
+        return optimizer([group | options], lr=LR).step  # type: ignore[no-any-return]
 
     return make
 
@@ -130,7 +143,7 @@ def contenders(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: to
     adamw_bytes = weights_bytes + 4 * elements * dtype.itemsize
     yield Contender("torch AdamW, foreach", torchs("AdamW", foreach=True), bytes_moved=adamw_bytes)
     yield Contender("torch AdamW, fused", torchs("AdamW", fused=True), bytes_moved=adamw_bytes)
-    yield Contender("torchao AdamW8bit", torchaos)
+    yield Contender("torchao AdamW8bit", torchaos, bytes_moved=weights_bytes + 4 * elements)
     yield Contender("torch Muon", torchs("Muon"))
     for label, fraction in RANKS.items():
         rank = round(fraction * n)
@@ -151,16 +164,26 @@ def contenders(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: to
                 ordinary = ours(make, refresh_interval=NEVER, **options)
                 yield Contender(f"{name}, {kind}", ordinary, label, fewer, 4 * elements * rank)
                 yield Contender(f"{name}, {kind}, refresh", ours(make, **options), None, fewer, by_matrix)
-        yield Contender(f"{name}, refresh by fft", ours(make, rank=fraction, transform="fft"), None, moved)
-        yield Contender(f"GaLore {label}", ours(GaLore, rank=fraction, refresh_interval=NEVER), label, moved)
-        yield Contender(f"GaLore {label}, refresh", ours(GaLore, rank=fraction, refresh_interval=1))
-        for theirs in ("GaLore", "APOLLO", "Fira"):
-            yield Contender(f"pytorch-optimizer {theirs} {label}", pytorch_optimizers(theirs, fraction, NEVER))
-        theirs = pytorch_optimizers("GaLore", fraction, 1)
-        yield Contender(f"pytorch-optimizer GaLore {label}, refresh", theirs)
-    yield Contender("Trion n/4", ours(Trion, rank=1 / 4))
+        by_fft = round(elements * (2 * rank + 2.5 * math.log2(n)))
+        yield Contender(f"{name}, refresh by fft", ours(make, rank=fraction, transform="fft"), None, moved, by_fft)
+        product = 2 * elements * rank
+        ordinary = ours(GaLore, rank=fraction, refresh_interval=NEVER)
+        yield Contender(f"GaLore {label}", ordinary, label, moved, 2 * product)
+        by_svd = 2 * elements * n + 2 * product  # and the decomposition, which is no product
+        refresh = ours(GaLore, rank=fraction, refresh_interval=1)
+        yield Contender(f"GaLore {label}, refresh", refresh, None, moved, by_svd)
+        for name, module, kind, options, count in PEERS:
+            theirs = projected(module, kind, fraction, NEVER, **options)
+            yield Contender(f"{name} {label}", theirs, label, moved, count * product)
+            if kind.startswith("GaLore"):
+                theirs = projected(module, kind, fraction, 1, **options)
+                yield Contender(f"{name} {label}, refresh", theirs, None, moved, count * product)
+    rank, moved = round(n / 4), weights_bytes + 8 * elements  # the whole momentum
+    trion = 2 * elements * (n + rank) + elements * rank
+    yield Contender("Trion n/4", ours(Trion, rank=1 / 4), None, moved, trion)
     if dtype == torch.bfloat16:
-        yield Contender("Trion n/4, bf16 operands", ours(Trion, rank=1 / 4, transform_precision="bf16"))
+        narrow = {"rank": 1 / 4, "transform_precision": "bf16"}
+        yield Contender("Trion n/4, bf16 operands", ours(Trion, **narrow), None, moved, trion)
     yield Contender("Muon", ours(Muon))
 
 
