@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from dist_lowrank.compare.verb import add_compare
 from dist_lowrank.doctor.verb import add_doctor
@@ -34,6 +34,18 @@ exit codes: 0 done, 1 failed, 2 refused configuration, 3 an assertion does not h
 5 does not fit into memory (plan, launch), 66 ranks differ, 67 not finite, 69 checkpoint, 75 start again (stopped by
 SIGTERM, SIGUSR1 or the time limit), 76 a rank hung, 130 Ctrl-C
 """
+
+
+def command() -> NoReturn:
+    """Entry of the console script: runs one verb and leaves.
+
+    Without the end of Python's interpreter, which takes a second and a half of processor time once torch and
+    transformers are loaded; ranks that a signal has hit as they started live until then.
+    """
+    code = main()
+    from dist_lowrank.worker import leave
+
+    leave(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,4 +171,4 @@ def _missing(error: ModuleNotFoundError) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -21,6 +21,7 @@ from dist_lowrank.config import ConfigError, open_run
 from dist_lowrank.exit_codes import ExitCode
 from dist_lowrank.launchers import loopback
 from dist_lowrank.launchers.endings import Interrupted, first_failure, how_stopped, interrupt
+from dist_lowrank.worker import leave
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A store for every group of ranks. The one that torchrun else keeps for all groups is on the node that was
         # first at the beginning; when that is lost, the others go on asking there.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    options.training_script_args += ["--launcher", str(os.getpid())]
     signal.signal(signal.SIGINT, interrupt)
     try:
         run(options)  # type: ignore[no-untyped-call]
@@ -70,4 +72,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

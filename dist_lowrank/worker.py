@@ -39,12 +39,13 @@ _ATTEMPT = "dist_lowrank/attempt"  # the folder of the last attempt
 
 def main() -> NoReturn:
     """Entry of a rank whose run has a folder."""
-    end_with_parent()
-    _exit_quietly_on_signals()
+    _end_by_signals()
     parser = argparse.ArgumentParser(prog="dist_lowrank.worker")
     parser.add_argument("folder", type=Path, help="of a run, or of the attempt to work on")
     parser.add_argument("--of-attempt", type=int, help="whose configuration to take; default: the newest one's")
+    parser.add_argument("--launcher", type=int, help="its process id; without it this rank is not to start")
     options = parser.parse_args()
+    end_with_parent(options.launcher)
     path: Path = options.folder
     if path.name.startswith("attempt-"):
         folder = open_run(path)
@@ -54,8 +55,8 @@ def main() -> NoReturn:
 
 def main_torchrun(overrides: Sequence[str]) -> NoReturn:
     """Entry of a rank under the user's torchrun: rank 0 composes and checks for all, and broadcasts the outcome."""
+    _end_by_signals()
     end_with_parent()
-    _exit_quietly_on_signals()
     _work_on_agreement(lambda world_size, before: _prepare(overrides, world_size, before), overrides)
 
 
@@ -295,18 +296,25 @@ def _join(config: RunConfig, store: Store) -> torch.device:
     return device
 
 
-def end_with_parent() -> None:
-    """Asks Linux to kill this rank when its launcher dies, even by SIGKILL, so that no process is left behind."""
+def end_with_parent(parent: int | None = None) -> None:
+    """Asks Linux to kill this process when its parent dies, even by SIGKILL, so that no process is left behind.
+
+    Args:
+        parent: the process that started this one, which may have died since; then this one ends here.
+    """
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(ExitCode.FAILED)
 
 
-def _exit_quietly_on_signals() -> None:
-    """Until the training loop installs its own handlers, there is nothing to finish: just leave."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(ExitCode.INTERRUPTED))
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, lambda *_: os._exit(ExitCode.REQUEUE))
+def _end_by_signals() -> None:
+    """Until the training loop takes signals there is nothing to finish, and the system ends this rank at once.
+
+    A handler of Python's would not be called as long as torch waits for another rank, which may be gone by then.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which Python handles unless told otherwise
 
 
 if __name__ == "__main__":

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing import start_processes
 
 from dist_lowrank.config import open_run
 from dist_lowrank.exit_codes import ExitCode
+from dist_lowrank.launchers.console import SharedConsole
 
 COMMAND = str(Path(sys.executable).with_name("dist-lowrank"))
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
@@ -60,8 +64,8 @@ def _processes_in(folder: Path) -> list[int]:
     return found
 
 
-def _start(folder: Path, command: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def _start(folder: Path, command: list[str], variables: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})}
     return subprocess.Popen(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -145,6 +149,42 @@ def test_ctrl_c_while_the_workers_start_is_quiet_too(folder: Path) -> None:
     _, errors = run.communicate(timeout=30)
     assert run.returncode == 130, errors
     assert "Traceback" not in errors
+
+
+def test_the_launcher_starts_no_thread_that_a_signal_could_hit_half_started(capfd: pytest.CaptureFixture[str]) -> None:
+    before = threading.enumerate()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        workers = start_processes("ranks", "echo", {0: ("one",), 1: ("two",)}, {0: {}, 1: {}}, SharedConsole())
+        assert threading.enumerate() == before
+        assert not workers.wait(30).is_failed()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    assert sorted(capfd.readouterr().out.split()) == ["one", "two"]
+
+
+def test_a_rank_that_waits_for_others_ends_at_once_by_a_signal(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # in the place of the launcher's store
+        rank = _start_rank(folder, silent.getsockname()[1], os.getpid())
+        silent.settimeout(60)
+        with silent.accept()[0]:
+            rank.send_signal(signal.SIGTERM)
+            _, errors = rank.communicate(timeout=30)
+    assert rank.returncode == -signal.SIGTERM
+    assert errors == ""
+
+
+def test_a_rank_whose_launcher_is_gone_when_it_starts_ends_at_once(folder: Path) -> None:
+    rank = _start_rank(folder, 1, launcher=1)  # nothing listens at port 1, which torch would try for minutes
+    _, errors = rank.communicate(timeout=60)
+    assert (rank.returncode, errors) == (1, "")
+
+
+def _start_rank(folder: Path, port: int, launcher: int) -> subprocess.Popen[str]:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "1", "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "dist_lowrank.worker", "runs/run", "--launcher", str(launcher)]
+    return _start(folder, command, address)
 
 
 def test_a_killed_rank_ends_the_run_with_code_1_and_is_named(folder: Path) -> None:

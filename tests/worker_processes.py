@@ -77,7 +77,6 @@ def _work(folder: RunFolder, prepare: Callable[[int], None], rank: int, world_si
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         torch.set_num_threads(1)  # the OpenMP threads of the test's process do not survive the fork
         prepare(rank)
-        worker._exit_quietly_on_signals()
         worker._work(folder.config(), folder, dist.FileStore(str(aside / "store"), world_size), speaks=True)
     except BaseException:
         traceback.print_exc()

@@ -26,7 +26,7 @@ class Failure:
 
 
 class Interrupted(SignalException):
-    """Ctrl-C. It stops the workers by SIGTERM, because Python answers an early SIGINT with a traceback."""
+    """Ctrl-C. It stops the workers by SIGTERM, because Python answers a very early SIGINT with a traceback."""
 
 
 def interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -44,7 +44,8 @@ def how_stopped(folder: RunFolder) -> ExitCode:
 
 def first_failure(error: ChildFailedError, folder: RunFolder) -> Failure | None:
     """The first failure of this node's ranks; None: they were only stopped."""
-    stopped = (-signal.SIGTERM, ExitCode.REQUEUE, ExitCode.INTERRUPTED, ExitCode.TERMINATED)
+    by_signal = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGUSR1)  # before the training loop
+    stopped = (*by_signal, ExitCode.REQUEUE, ExitCode.INTERRUPTED, ExitCode.TERMINATED)
     found: list[tuple[float, int, str, bool]] = []
     for rank, failure in error.failures.items():
         path = folder.error(rank)

@@ -8,7 +8,7 @@ import signal
 import sys
 import uuid
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -16,6 +16,7 @@ from dist_lowrank.checkpoint.folders import newest_line
 from dist_lowrank.config import RunConfig, RunFolder, begin_again
 from dist_lowrank.exit_codes import RESTARTED, ExitCode
 from dist_lowrank.launchers import loopback
+from dist_lowrank.launchers.console import SharedConsole
 from dist_lowrank.launchers.endings import Interrupted, first_failure, how_stopped, interrupt
 from dist_lowrank.launchers.preparation import resolve_processes
 
@@ -60,12 +61,13 @@ def _launch_once(config: RunConfig, folder: RunFolder) -> ExitCode:
         max_restarts=0,
         monitor_interval=0.1,
         shutdown_timeout=config.launcher.stop_seconds,
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # workers write to this console
+        logs_specs=SharedConsole(),
     )
     settings.signals_to_handle = "SIGTERM,SIGHUP,SIGQUIT,SIGUSR1"
     signal.signal(signal.SIGINT, interrupt)
+    worker = ("-m", "dist_lowrank.worker", str(folder.attempt_path), "--launcher", str(os.getpid()))
     try:
-        elastic_launch(settings, sys.executable)("-m", "dist_lowrank.worker", str(folder.attempt_path))
+        elastic_launch(settings, sys.executable)(*worker)
     except ChildFailedError as error:
         return _report(error, folder)
     except Interrupted:
