@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from dist_lowrank.sharding.exchanged import ColumnBlock, Delivered, Exchanged, F
 from dist_lowrank.sharding.flat_slices import FlatSlice
 from dist_lowrank.sharding.layouts import chunk_range, tall_form
 
+exploring = settings(deadline=None)  # a busy machine may take long over a case
 shapes = st.tuples(st.integers(1, 7), st.integers(1, 7))
 
 
@@ -58,6 +59,7 @@ def deliver(layouts: Sequence[Exchanged], weights: list[Tensor], updates: list[T
         layout.add_update(weights[rank], received, decay=0.5, scale=-2.0)
 
 
+@exploring
 @given(flat_matrices())
 def test_flat_slices_come_together_as_rows_and_go_back(matrix: tuple[tuple[int, int], list[FlatSlice], str]) -> None:
     shape, slices, side = matrix
@@ -81,6 +83,7 @@ def test_flat_slices_come_together_as_rows_and_go_back(matrix: tuple[tuple[int, 
     assert torch.equal(torch.cat(weights), expected)
 
 
+@exploring
 @given(shapes, st.integers(2, 6), st.sampled_from(["left", "right"]))
 def test_column_blocks_come_together_as_rows_and_go_back(shape: tuple[int, int], ranks: int, side: str) -> None:
     form = tall_form(shape, side, 1)
@@ -99,6 +102,7 @@ def test_column_blocks_come_together_as_rows_and_go_back(shape: tuple[int, int],
     assert torch.equal(torch.cat(weights, dim=axis), 0.5 * full - 2 * full.square())
 
 
+@exploring
 @given(flat_matrices())
 def test_rows_to_the_right_send_only_the_fragments_of_torn_rows(
     matrix: tuple[tuple[int, int], list[FlatSlice], str],
