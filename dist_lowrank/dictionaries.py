@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dist_lowrank.fast_transforms import FAST_TRANSFORMS, FastTransform, faster_transform, hadamard_block
+from dist_lowrank.kernels.products import add_product, product
 
 DICTIONARIES = ("dct2", "dct3", "hadamard", "random", "identity")
 TRANSFORMS = ("gemm", "fft", "auto")
@@ -185,7 +186,7 @@ class Dictionary:
             self._fast = FastTransform(name, n, dtype=dtype, device=device)
         if transform == "auto" and self._fast is not None and self._atoms is not None:
             matrix = self._atoms.t()
-            if faster_transform(name, n, dtype, device, lambda rows: rows @ matrix, self._fast) == "gemm":
+            if faster_transform(name, n, dtype, device, lambda rows: product(rows, matrix), self._fast) == "gemm":
                 self._fast = None
 
     def tensors(self) -> list[Tensor]:
@@ -206,15 +207,15 @@ class Dictionary:
         if self._fast is not None:
             return self._fast(rows)
         assert self._atoms is not None
-        return rows @ self._atoms.t()
+        return product(rows, self._atoms.t())
 
     def project(self, rows: Tensor, indices: Tensor) -> Tensor:
         """Coordinates on the chosen candidates alone: `rows @ D[:, indices]`, (L, n) -> (L, r)."""
         rows = rows.to(self.dtype)
         if self.name == "identity":
             return rows.index_select(1, indices)
-        parts = [rows @ atoms.t() for _, atoms in self._atoms_in_blocks(indices)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        parts = [product(rows, atoms.t()) for _, atoms in self._atoms_in_blocks(indices)]
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def add_lifted(
         self,
@@ -240,7 +241,7 @@ class Dictionary:
             return
         for part, atoms in self._atoms_in_blocks(indices):
             beta = decay if part.start == 0 else 1
-            target.addmm_(coefficients[:, part], atoms[:, columns], beta=beta, alpha=scale)
+            add_product(target, coefficients[:, part], atoms[:, columns], beta=beta, alpha=scale)
 
     def _atoms_in_blocks(self, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`D[:, indices[part]]^T` for the parts that make up the indices; one part if the matrix is there."""

@@ -127,7 +127,10 @@ class LowRank(Recipe):
             factor = self.moments.step_factor(step)
             found = yield from residual.weights(rows, coefficients, direction / factor, basis, state, place.owned)
             weights = found * factor
-        direction = direction * self.alpha if residual.lifts else direction[:, :0]
+        if not residual.lifts:
+            direction = direction[:, :0]
+        elif self.alpha != 1:
+            direction = direction * self.alpha
         return Update(direction, basis, choice, weights)
 
 
