@@ -30,6 +30,7 @@ from measuring import CLOCKS, provenance, show
 from torch import Tensor
 from torch.nn import Parameter
 
+from dist_lowrank.kernels.products import add_product, product
 from dist_lowrank.optim import DCTAdamW, GaLore, Muon, Trion
 from dist_lowrank.sharding.layouts import tall_form
 
@@ -55,6 +56,7 @@ PEERS = (
 )
 NEVER = 10**9  # steps between refreshes, after the first
 LR = 1e-6
+DECAY = 0.01  # torch's default, which its contenders keep
 Step = Callable[[], object]
 
 
@@ -86,7 +88,8 @@ def ours(optimizer: type[Any], **options: Any) -> Callable[[list[Parameter]], St
     def make(parameters: list[Parameter]) -> Step:
         if options.get("kernels") == "triton":
             import triton  # noqa: F401 (so that it is told here where it is not installed)
-        return optimizer(parameters, lr=LR, verify_every=0, **options).step  # type: ignore[no-any-return]
+        made = optimizer(parameters, lr=LR, weight_decay=DECAY, verify_every=0, **options)
+        return made.step  # type: ignore[no-any-return]
 
     return make
 
@@ -110,13 +113,13 @@ def projected(
         optimizer = getattr(importlib.import_module(module), name)
         rank = round(fraction * min(parameters[0].shape))
         group = {"params": parameters, "rank": rank, "update_proj_gap": interval, "scale": 1.0}
-        return optimizer([group | options], lr=LR).step  # type: ignore[no-any-return]
+        return optimizer([group | options], lr=LR, weight_decay=DECAY).step  # type: ignore[no-any-return]
 
     return make
 
 
-def products(fraction: float) -> Callable[[list[Parameter]], Step]:
-    """The two matrix products of an ordinary step, and nothing else."""
+def products(fraction: float, torchs_own: bool = False) -> Callable[[list[Parameter]], Step]:
+    """The two matrix products of an ordinary step, and nothing else, as our steps compute them or by torch's own."""
 
     def make(parameters: list[Parameter]) -> Step:
         pairs = [(tall(parameter.detach()), tall(parameter.grad)) for parameter in parameters]
@@ -128,7 +131,10 @@ def products(fraction: float) -> Callable[[list[Parameter]], Step]:
         def step() -> None:
             for weight, gradient in pairs:
                 chosen = atoms[weight.shape[1]]
-                weight.addmm_(gradient @ chosen.t(), chosen, beta=1 - LR, alpha=-LR)
+                if torchs_own:
+                    weight.addmm_(gradient @ chosen.t(), chosen, beta=1 - LR * DECAY, alpha=-LR)
+                else:
+                    add_product(weight, product(gradient, chosen.t()), chosen, beta=1 - LR * DECAY, alpha=-LR)
 
         return step
 
@@ -149,6 +155,8 @@ def contenders(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: to
         rank = round(fraction * n)
         moved = weights_bytes + round(16 * elements * fraction)
         yield Contender(f"the two products, {label}", products(fraction), label, None, 4 * elements * rank)
+        own = products(fraction, torchs_own=True)
+        yield Contender(f"the same by torch's mm and addmm_, {label}", own, label, None, 4 * elements * rank)
         name, make = f"DCTAdamW {label}", DCTAdamW
         ordinary = ours(make, rank=fraction, refresh_interval=NEVER)
         yield Contender(name, ordinary, label, moved, 4 * elements * rank)
@@ -222,9 +230,9 @@ def in_turns(steps: Sequence[Step], options: argparse.Namespace) -> list[list[fl
 def machine_rates(dtype: torch.dtype, side: int, options: argparse.Namespace) -> tuple[float, float]:
     """Bytes per second of a copy, read and write counted, and operations per second of a square product."""
     a = torch.ones(side, side, dtype=dtype, device=options.device)
-    source, out = a.repeat(16, 1), torch.empty_like(a)
+    source = a.repeat(16, 1)
     target = torch.empty_like(source)
-    copied, multiplied = in_turns([lambda: target.copy_(source), lambda: torch.mm(a, a, out=out)], options)
+    copied, multiplied = in_turns([lambda: target.copy_(source), lambda: product(a, a)], options)
     return 2e3 * source.nbytes / min(copied), 2e3 * side**3 / min(multiplied)
 
 
@@ -249,6 +257,8 @@ def table(size: str, layers: int | None, options: argparse.Namespace) -> list[st
         "|---|---|---|---|---|---|",
     ]
     for contender in contenders(shapes, dtype, device):
+        if options.only not in contender.name and not contender.name.startswith("the two products"):
+            continue
         try:
             step = contender.make(parameters)
         except ImportError as error:
@@ -272,6 +282,7 @@ def table(size: str, layers: int | None, options: argparse.Namespace) -> list[st
 def main(arguments: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["60m", "350m"])
+    parser.add_argument("--only", default="", help="lines whose name contains this, and the two products")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and gradients")
     parser.add_argument("--device", default="cpu")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dist_lowrank.fast_transforms import FAST_TRANSFORMS, FastTransform, faster_transform, hadamard_block
-from dist_lowrank.kernels.narrow_products import add_product, product
+from dist_lowrank.kernels import narrow_products, products
 
 DICTIONARIES = ("dct2", "dct3", "hadamard", "random", "identity")
 TRANSFORMS = ("gemm", "fft", "auto")
@@ -208,7 +208,10 @@ class Dictionary:
             self._fast = FastTransform(name, n, dtype=dtype, device=device)
         if transform == "auto" and self._fast is not None and self._atoms is not None:
             matrix = self._atoms.t()
-            if faster_transform(name, n, dtype, device, lambda rows: rows @ matrix, self._fast) == "gemm":
+            if (
+                faster_transform(name, n, dtype, device, lambda rows: products.product(rows, matrix), self._fast)
+                == "gemm"
+            ):
                 self._fast = None
 
     @property
@@ -242,11 +245,13 @@ class Dictionary:
         if self.name == "identity":
             return rows.index_select(1, indices)
         parts = [self._times(rows, atoms.t()) for _, atoms in self._atoms_in_blocks(indices)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _times(self, rows: Tensor, matrix: Tensor) -> Tensor:
         """`rows @ matrix`, both of the operands' dtype."""
-        return rows @ matrix if self.operands == self.dtype else product(rows, matrix, self.dtype)
+        if self.operands == self.dtype:
+            return products.product(rows, matrix)
+        return narrow_products.product(rows, matrix, self.dtype)
 
     def add_lifted(
         self,
@@ -273,9 +278,10 @@ class Dictionary:
         for part, atoms in self._atoms_in_blocks(indices):
             beta = decay if part.start == 0 else 1
             if self.operands == self.dtype:
-                target.addmm_(coefficients[:, part], atoms[:, columns], beta=beta, alpha=scale)
+                products.add_product(target, coefficients[:, part], atoms[:, columns], beta=beta, alpha=scale)
             else:
-                add_product(target, coefficients.to(self.operands), atoms[:, columns], beta=beta, alpha=scale)
+                narrow = coefficients[:, part].to(self.operands)
+                narrow_products.add_product(target, narrow, atoms[:, columns], beta=beta, alpha=scale)
 
     def _atoms_in_blocks(self, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`D[:, indices[part]]^T` for the parts that make up the indices; one part if the matrix is there."""

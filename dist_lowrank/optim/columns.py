@@ -131,6 +131,8 @@ class ColumnBasis:
     indices: Tensor
 
     def take(self, coordinates: Tensor) -> Tensor:
+        if not coordinates.is_contiguous() and coordinates.t().is_contiguous():  # of the left side
+            return coordinates.t().index_select(0, self.indices).t().contiguous()
         return coordinates.index_select(1, self.indices)
 
     def project(self, rows: Tensor) -> Tensor:

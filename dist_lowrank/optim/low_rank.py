@@ -135,7 +135,10 @@ class LowRank(Recipe):
                 rows, Inside(basis, coefficients, direction / factor), state, place.owned
             )
             weights = found * factor
-        direction = direction * self.alpha if residual.lifts else direction[:, :0]
+        if not residual.lifts:
+            direction = direction[:, :0]
+        elif self.alpha != 1:
+            direction = direction * self.alpha
         return Update(direction.to(self.operands(place.dtype)), basis, choice, weights)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -79,14 +80,9 @@ class Adam:
         check_choice("column_bias_correction", self.column_bias_correction, (False, True))
         check_choice("moment_dtype", self.moment_dtype, (None, torch.float32, torch.bfloat16, torch.int8))
 
-    def _storages(self) -> dict[str, Storage]:
-        if self.moment_dtype == torch.int8:
-            return {"exp_avg": Geometric(signed=True), "exp_avg_sq": Geometric(signed=False)}
-        return dict.fromkeys(("exp_avg", "exp_avg_sq"), Floats(self.moment_dtype))
-
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
         tensors: dict[str, StateTensor] = {}
-        for name, storage in self._storages().items():
+        for name, storage in _storages(self.moment_dtype).items():
             tensors |= storage.state(name, form.rank, dtype, "moments")
         if self.column_bias_correction:
             tensors["age"] = StateTensor(form.rank, torch.int32, "indices", sharded=False)
@@ -96,7 +92,9 @@ class Adam:
         return []
 
     def read(self, state: Mapping[str, Tensor], rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        moments = {name: storage.read(name, state, rank, dtype) for name, storage in self._storages().items()}
+        moments = {
+            name: storage.read(name, state, rank, dtype) for name, storage in _storages(self.moment_dtype).items()
+        }
         if self.column_bias_correction:
             moments["age"] = state["age"]
         return moments
@@ -130,7 +128,7 @@ class Adam:
         return adam_direction(coefficients, mean, square, step, self.betas, eps)
 
     def write(self, moments: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: RowNoise) -> None:
-        for name, storage in self._storages().items():
+        for name, storage in _storages(self.moment_dtype).items():
             storage.write(name, moments[name], state, noise)
 
     def mean(self, moments: Mapping[str, Tensor], step: int) -> Tensor:
@@ -139,6 +137,13 @@ class Adam:
     def undelivered(self, moments: Mapping[str, Tensor]) -> Tensor | None:
         # A coefficient a enters as (1 - b1) a and is delivered in parts (1 - b1) b1^k a, k = 0, 1, ..., a in all.
         return moments["exp_avg"] * (self.betas[0] / (1 - self.betas[0]))
+
+
+@functools.cache
+def _storages(moment_dtype: torch.dtype | None) -> Mapping[str, Storage]:
+    if moment_dtype == torch.int8:
+        return {"exp_avg": Geometric(signed=True), "exp_avg_sq": Geometric(signed=False)}
+    return dict.fromkeys(("exp_avg", "exp_avg_sq"), Floats(moment_dtype))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from dist_lowrank.kernels.products import BLOCK_ELEMENTS
 from dist_lowrank.optim.binding import BoundMatrix
 from dist_lowrank.optim.recipe import Recipe, Sum, Whole
 from dist_lowrank.optim.rounding import CHUNK_ELEMENTS
@@ -60,10 +61,12 @@ def scratch_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
     state = [spec for spec in matrix.specs.values() if spec.sharded]
     converted = any(spec.dtype != matrix.dtype for spec in state)  # read and written through copies
     choosing = (3 if converted else 1) * rows  # coordinates beside what they are made of; squared
+    choosing += form.transposed * rows  # the block of columns that this rank works on, without gaps
     whole = whole_columns(recipe, form)
     inside = 5 * sums  # powers of a Gram matrix
     inside += (3 if whole else 6) * coefficients  # moments, parts of the direction; owners' are counted below
-    applying = 0 if whole else form.rank * form.n  # the chosen columns
+    # The chosen columns, as they are and turned, and what they add to a block of the weights.
+    applying = 0 if whole else 2 * form.rank * form.n + min(max(rows, part), BLOCK_ELEMENTS)
     narrow = matrix.parameter.dtype != matrix.dtype
     if narrow or layout.delivery(recipe.full_rows) == "rows":
         applying += part  # the weight in the dtype of the arithmetic; the update put together

@@ -43,6 +43,9 @@ def cut_waves(jobs: Sequence[Job], workspace_bytes: int) -> Iterator[list[Job]]:
         in_lockstep = matrix.layout.group is not None or whole_columns(recipe, matrix.layout.form) > 0
         together.setdefault(None if in_lockstep else matrix.parameter, []).append((matrix, recipe))
     for members in together.values():
+        if len(members) == 1:  # a wave, whatever it holds
+            yield members
+            continue
         wave: list[Job] = []
         used_bytes = 0
         for matrix, recipe in members:
