@@ -9,7 +9,7 @@ TORCH := 2.13.0
 TORCH_PIP_ARGS ?= --index-url https://download.pytorch.org/whl/cpu
 
 .PHONY: setup train test test-all test-newest test-torchao test-triton test-containers setup-slurm test-slurm test-hosts \
-	support-matrix fault-matrix optimizer-table step-benchmark browser screenshots lint format wheel clean
+	support-matrix fault-matrix optimizer-table step-benchmark speed-tables browser screenshots lint format wheel clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.installed
@@ -46,7 +46,7 @@ test-newest: setup
 
 # Against torchao, kept apart: where it is installed, transformers imports it in every process that builds a model.
 test-torchao: setup
-	$(BIN)/pip install --quiet --no-deps --target build/torchao torchao==0.18.0
+	$(BIN)/pip install --quiet --no-deps --target build/torchao -c constraints.txt torchao
 	PYTHONPATH=build/torchao $(BIN)/python -m pytest -m slow tests/test_factored_packages.py
 
 # Builds the Dockerfile and trains in its containers: as root on Debian, without a Docker engine.
@@ -69,9 +69,28 @@ test-triton: setup
 	$(BIN)/pip install --quiet --no-deps --target build/triton triton==3.5.1
 	PYTHONPATH=build/triton $(BIN)/python -m pytest tests/test_triton_kernels.py tests/test_triton_step.py
 
-# Times single steps on the matrices of LLaMA models beside those of others, and writes the tables of docs/speed.md.
+# All tables of docs/speed.md; on a quiet machine about half an hour, most of it for others' steps.
+speed-tables: step-benchmark
+	$(PEERS) $(BIN)/python benchmarks/optimizer_step.py $(STEP_ARGS) --dtype bfloat16 --write
+	$(BIN)/python benchmarks/end_to_end.py --write
+	$(BIN)/python benchmarks/step_collectives.py --write
+	$(BIN)/python benchmarks/scaling.py --write
+	if command -v nvidia-smi >/dev/null 2>&1; then \
+		$(PEERS) $(BIN)/python benchmarks/optimizer_step.py --sizes 7b --layers 1 --dtype bfloat16 --device cuda --write \
+		&& $(BIN)/python benchmarks/end_to_end.py --device cuda --model llama_60m --precision bf16 --write \
+		&& $(BIN)/python benchmarks/end_to_end.py --device cuda --model llama_350m --precision bf16 --write; \
+	fi
+
+# Times single steps on the matrices of LLaMA models beside those of others. The packages of others are kept apart:
+# transformers imports torchao and bitsandbytes, of which galore-torch asks, wherever they are installed. Note that
+# apollo-torch's licence forbids commercial use.
+PEERS := PYTHONPATH=build/peers
+STEP_ARGS := --layers 2 --seconds 15
+
 step-benchmark: setup
-	$(BIN)/python benchmarks/optimizer_step.py --write $(ARGS)
+	$(BIN)/pip install --quiet --no-deps --target build/peers -c constraints.txt \
+		torchao galore-torch apollo-torch bitsandbytes
+	$(PEERS) $(BIN)/python benchmarks/optimizer_step.py $(STEP_ARGS) --write $(ARGS)
 
 # Runs the tests that say what runs exactly where, and writes their table into the README.
 support-matrix: setup

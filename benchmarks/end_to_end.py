@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         f"{options.clock} time. {provenance(__file__, arguments, device)}"
     )
     lines = [header, "", *table(dict(zip(names, slowest, strict=True)), tokens)]
-    return show(f"end to end, {device.type}", "\n".join(lines), write=options.write)
+    return show(f"end to end, {device.type}, {options.model}", "\n".join(lines), write=options.write)
 
 
 if __name__ == "__main__":

@@ -174,18 +174,18 @@ def contenders(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: to
                 yield Contender(f"{name}, {kind}, refresh", ours(make, **options), None, fewer, by_matrix)
         by_fft = round(elements * (2 * rank + 2.5 * math.log2(n)))
         yield Contender(f"{name}, refresh by fft", ours(make, rank=fraction, transform="fft"), None, moved, by_fft)
-        product = 2 * elements * rank
+        one = 2 * elements * rank
         ordinary = ours(GaLore, rank=fraction, refresh_interval=NEVER)
-        yield Contender(f"GaLore {label}", ordinary, label, moved, 2 * product)
-        by_svd = 2 * elements * n + 2 * product  # and the decomposition, which is no product
+        yield Contender(f"GaLore {label}", ordinary, label, moved, 2 * one)
+        by_svd = 2 * elements * n + 2 * one  # and the decomposition, which is no product
         refresh = ours(GaLore, rank=fraction, refresh_interval=1)
         yield Contender(f"GaLore {label}, refresh", refresh, None, moved, by_svd)
         for name, module, kind, options, count in PEERS:
             theirs = projected(module, kind, fraction, NEVER, **options)
-            yield Contender(f"{name} {label}", theirs, label, moved, count * product)
+            yield Contender(f"{name} {label}", theirs, label, moved, count * one)
             if kind.startswith("GaLore"):
                 theirs = projected(module, kind, fraction, 1, **options)
-                yield Contender(f"{name} {label}, refresh", theirs, None, moved, count * product)
+                yield Contender(f"{name} {label}, refresh", theirs, None, moved, count * one)
     rank, moved = round(n / 4), weights_bytes + 8 * elements  # the whole momentum
     trion = 2 * elements * (n + rank) + elements * rank
     yield Contender("Trion n/4", ours(Trion, rank=1 / 4), None, moved, trion)
