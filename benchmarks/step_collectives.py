@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from dist_lowrank.planning.parameters import PlannedParameter, planned_parameters
 from measuring import ROOT, provenance, show
 
 from dist_lowrank.config import RunConfig, compose
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.traffic import collectives_of_step
-from dist_lowrank.planning.parameters import PlannedParameter, planned_parameters
 from dist_lowrank.planning.traffic import strategy_traffic
 from dist_lowrank.training.evaluate import next_token_loss
 from dist_lowrank.training.model import build_model
