@@ -9,14 +9,14 @@ _FUSED_DEVICES = ("cpu", "cuda", "meta")
 
 
 def adam_direction(
-    coefficients: Tensor, mean: Tensor, square: Tensor, step: int, betas: tuple[float, float], eps: float
+    coefficients: Tensor, mean: Tensor, square: Tensor, step: int | Tensor, betas: tuple[float, float], eps: float
 ) -> Tensor:
     """Moves the moments in place and returns `(m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)`.
 
     Args:
         coefficients: any shape, float32 or float64; not modified.
         mean, square: the moments, of the same shape and dtype.
-        step: t, from 1.
+        step: t, from 1; a tensor () on the device, float32, if the host does not know it.
     """
     beta1, beta2 = betas
     tensors = (coefficients, mean, square)
@@ -28,7 +28,7 @@ def adam_direction(
     # What AdamW adds to weights of zero without decay, at a learning rate of -1, is the direction. Eight passes and
     # three temporaries less; the kernel reads the step on the device, so that nobody waits for it.
     direction = torch.zeros_like(coefficients)
-    count = torch.full((), float(step), dtype=torch.float32, device=coefficients.device)
+    count = step if isinstance(step, Tensor) else torch.full((), float(step), device=coefficients.device)
     torch._fused_adamw_(
         [direction],
         [coefficients],

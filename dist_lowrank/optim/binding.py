@@ -107,7 +107,7 @@ def sharers_of(
 
 def structure_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a group that state follows."""
-    names = (*STRUCTURAL_OPTIONS, "rank", "column_bias_correction")
+    names = (*STRUCTURAL_OPTIONS, "rank", "column_bias_correction", "capturable")
     return {name: copy.copy(options.get(name)) for name in names}
 
 
@@ -168,7 +168,8 @@ def bind_parameter(
         specs = recipe.state(form, stored)
         bound.matrices.append(BoundMatrix(piece, parameter, layout, arithmetic_dtype(parameter), specs))
         if not state and f"{piece.prefix}step" not in fresh:  # the matrices of a stack share theirs
-            fresh[f"{piece.prefix}step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+            device = local(parameter).device if recipe.capturable else "cpu"
+            fresh[f"{piece.prefix}step"] = torch.zeros((), dtype=torch.float32, device=device)
             fresh |= {piece.prefix + key: _zeros(piece, layout, spec, parameter) for key, spec in specs.items()}
     return bound
 

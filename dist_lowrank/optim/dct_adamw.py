@@ -99,6 +99,9 @@ class DCTAdamW(LowRankOptimizer):
         weight_rounding: of bfloat16 weights: `nearest`, which loses updates below 1/512 of the weight, or
             `stochastic`, up or down at random such that the mean is exact, from a hash of seed, parameter name, step
             and position, so the same under every sharding. No effect on float32 and float64 weights.
+        capturable: step counters are on the device, and a learning rate may be a tensor there, so that a step can be
+            captured in a CUDA graph, which then repeats it. Needs `refresh_interval=1`, `verify_every=0`,
+            `agree_on_gradients=False`, nothing that is rounded at random, torch's kernels and a fixed dictionary.
         seed: of the `random` dictionary and of rounding at random.
         process_group: ranks that hold replicas of plain-tensor parameters; default: the default group, if initialised.
             They divide the rows among them. No effect on DTensors.
@@ -140,6 +143,7 @@ class DCTAdamW(LowRankOptimizer):
         moment_dtype: torch.dtype | None = None,
         state_dtype: str | None = None,
         weight_rounding: str = "nearest",
+        capturable: bool = False,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
         workspace_bytes: int = WORKSPACE_BYTES,
@@ -170,6 +174,7 @@ class DCTAdamW(LowRankOptimizer):
             "moment_dtype": moment_dtype,
             "state_dtype": state_dtype,
             "weight_rounding": weight_rounding,
+            "capturable": capturable,
             "seed": seed,
         }
         super().__init__(

@@ -22,13 +22,14 @@ from dist_lowrank.sharding.pieces import Piece
 class DenseOptions:
     """Options of AdamW for the dense parameters of one group."""
 
-    lr: float
+    lr: float | Tensor
     betas: tuple[float, float]
     eps: float
     weight_decay: float
     prefix: str = ""  # of the options' names in errors
     weight_rounding: str = "nearest"
     seed: int = 0  # of stochastic rounding
+    capturable: bool = False  # see `dist_lowrank.optim.capturable`
 
     def __post_init__(self) -> None:
         check_betas(f"{self.prefix}betas", self.betas)
@@ -43,6 +44,7 @@ def dense_options(group: dict[str, Any], *, of_its_own: bool) -> DenseOptions:
         of_its_own: the group has `dense_` options; else those of the low-rank path hold here too.
     """
     both = {key: group[key] for key in ("weight_decay", "weight_rounding", "seed")}
+    both["capturable"] = group.get("capturable", False)
     if not of_its_own:
         return DenseOptions(group["lr"], group["betas"], group["eps"], **both)
     rate = dense_rate(group) if "dense_lr" in group else group["lr"]
@@ -163,10 +165,11 @@ def dense_step(
         [],
         [state["step"] for state in states],
         fused=all(weight.device.type in ("cpu", "cuda") for weight in weights),
+        capturable=options.capturable,
         amsgrad=False,
         beta1=options.betas[0],
         beta2=options.betas[1],
-        lr=float(options.lr),
+        lr=options.lr if options.capturable else float(options.lr),
         weight_decay=options.weight_decay,
         eps=options.eps,
         maximize=False,

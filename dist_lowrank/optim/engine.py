@@ -30,6 +30,7 @@ from dist_lowrank.optim.binding import (
     is_trained,
     structure_of,
 )
+from dist_lowrank.optim.capturable import check_capturable, refuse_capture
 from dist_lowrank.optim.dense import DenseOptions, dense_options, dense_step, dense_waves
 from dist_lowrank.optim.diagnostics import Diagnostics
 from dist_lowrank.optim.flat_state import cut_tensors
@@ -155,6 +156,7 @@ class LowRankOptimizer(Diagnostics, SavedState, ABC):
                 loss = closure()
         if self._only_warms_up():
             return loss
+        refuse_capture(self.param_groups)
         groups = list(zip(self.param_groups, self.bind(), strict=True))
         everything = [bound for _, members in groups for bound in members]
         self._check_before_step(everything)
@@ -358,3 +360,5 @@ class LowRankOptimizer(Diagnostics, SavedState, ABC):
         self.recipe(group)
         self.dense_options(group)
         check_path_options(group)
+        if "capturable" in group:
+            check_capturable(group, self.verify_every, self.agree_on_gradients)

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_lowrank.optim.capturable import check_rate
 from dist_lowrank.optim.columns import DictionaryColumns
 from dist_lowrank.optim.moments import Moments
 from dist_lowrank.optim.options import check_choice, check_count, refuse
-from dist_lowrank.optim.recipe import Recipe, Rounds, Update
+from dist_lowrank.optim.recipe import SCALES, Recipe, Rounds, Update
 from dist_lowrank.optim.residuals import AddedRows, Inside, Residual
 from dist_lowrank.optim.rounding import RowNoise
 from dist_lowrank.optim.shared_columns import columns_of
@@ -61,6 +62,10 @@ class LowRank(Recipe):
 
     def check(self, form: TallForm) -> None:
         self.subspace.check(form)
+
+    def check_parameter(self, parameter: Tensor) -> None:
+        if self.capturable:
+            check_rate(self.lr, parameter)
 
     def state(self, form: TallForm, dtype: torch.dtype) -> dict[str, StateTensor]:
         parts = (self.subspace, self.moments, self.residual)
@@ -126,7 +131,8 @@ class LowRank(Recipe):
             if not self.full_rows:
                 del rows
         del coordinates  # nor until its sums are there
-        direction = yield from self.moments.direction(coefficients, moments, step, place.owned)
+        count = step if place.counter is None else place.counter
+        direction = yield from self.moments.direction(coefficients, moments, count, place.owned)
         self.moments.write(moments, state, noise)
         weights = None
         if isinstance(residual, AddedRows):
@@ -139,10 +145,13 @@ class LowRank(Recipe):
             direction = direction[:, :0]
         elif self.alpha != 1:
             direction = direction * self.alpha
+        if self.rate is not None:
+            direction = direction * (self.rate * -SCALES[self.scale](*place.form.shape))
         return Update(direction.to(self.operands(place.dtype)), basis, choice, weights)
 
 
 def column_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """What every recipe on dictionary columns takes from the options of its parameter group."""
-    shared = {key: group[key] for key in ("lr", "weight_decay", "rank", "side", "seed", "weight_rounding")}
+    keys = ("lr", "weight_decay", "rank", "side", "seed", "weight_rounding", "capturable")
+    shared = {key: group[key] for key in keys}
     return {**shared, "subspace": columns_of(group["dictionary"], group)}

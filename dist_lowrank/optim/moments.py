@@ -40,7 +40,9 @@ class Moments(Protocol):
     def step_factor(self, step: int) -> float:
         """What of the direction is a factor of the step size, for residuals that compare it with the coefficients."""
 
-    def direction(self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
+    def direction(
+        self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int | Tensor, owned: slice
+    ) -> Rule[Tensor]:
         """Updates the moments; returns the direction of this rank's rows, (l, r).
 
         Yields sums over its `owned` rows where it needs totals.
@@ -114,7 +116,9 @@ class Adam:
         beta1, beta2 = self.betas
         return 1.0 if self.corrected_eps else (1 - beta2**step) ** 0.5 / (1 - beta1**step)
 
-    def direction(self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
+    def direction(
+        self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int | Tensor, owned: slice
+    ) -> Rule[Tensor]:
         yield from ()  # needs no sums
         beta1, beta2 = self.betas
         mean, square = moments["exp_avg"], moments["exp_avg_sq"]  # (l, r)
@@ -124,7 +128,10 @@ class Adam:
             age = moments["age"].add_(1).to(coefficients.dtype)  # (r,)
             return (mean / (1 - beta1**age)).div_((square / (1 - beta2**age)).sqrt_().add_(self.eps))
         # An eps that was added to the root before it is corrected is corrected with it.
-        eps = self.eps if self.corrected_eps else self.eps / (1 - beta2**step) ** 0.5
+        eps = self.eps
+        if not self.corrected_eps:
+            assert isinstance(step, int)
+            eps /= (1 - beta2**step) ** 0.5
         return adam_direction(coefficients, mean, square, step, self.betas, eps)
 
     def write(self, moments: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: RowNoise) -> None:
@@ -177,7 +184,9 @@ class NewtonSchulz:
     def step_factor(self, step: int) -> float:
         return 1.0
 
-    def direction(self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int, owned: slice) -> Rule[Tensor]:
+    def direction(
+        self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int | Tensor, owned: slice
+    ) -> Rule[Tensor]:
         a, b, c = self.coefficients
         gram = yield coefficients[owned].t() @ coefficients[owned]  # (r, r)
         norm = gram.diagonal().sum().sqrt() + self.eps

@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 # What only groups say: which parameters are matrices, and of which matrices they consist.
 PATH_OPTIONS = {"low_rank": True, "higher_dims": "dense", "split": None, "split_dim": 0, "role": None}
 # Of the engine, not of a parameter group.
@@ -82,7 +85,11 @@ def check_path_options(group: Mapping[str, Any]) -> None:
         check_count("split", size)
 
 
-def dense_rate(group: dict[str, Any]) -> float:
+def dense_rate(group: dict[str, Any]) -> float | Tensor:
     """`dense_lr`, in proportion to what a scheduler has made of `lr` since the group was added."""
-    base_lr = group.setdefault("base_lr", float(group.get("initial_lr", group["lr"])))
+    if "base_lr" not in group:  # a tensor is read once
+        group["base_lr"] = float(group.get("initial_lr", group["lr"]))
+    base_lr = group["base_lr"]
+    if group.get("capturable") and isinstance(group["lr"], Tensor) and base_lr:
+        return torch.mul(group["lr"], group["dense_lr"] / base_lr)
     return float(group["dense_lr"] * (float(group["lr"]) / base_lr if base_lr else 1.0))

@@ -64,7 +64,7 @@ class Update:
 class Recipe(ABC):
     """The path of matrices of one parameter group."""
 
-    lr: float
+    lr: float | Tensor
     weight_decay: float
     rank: int | float
     side: str
@@ -72,6 +72,7 @@ class Recipe(ABC):
     scale: str = "none"
     decay_last: bool = False  # of the weights that were updated, instead of those before
     weight_rounding: str = "nearest"
+    capturable: bool = False  # see `dist_lowrank.optim.capturable`
 
     def __post_init__(self) -> None:
         check_number("weight_decay", self.weight_decay)
@@ -108,6 +109,11 @@ class Recipe(ABC):
     def at(self, position: int, count: int) -> Recipe:
         """The recipe of the matrix that is at a position among `count` of the optimizer, the same on all ranks."""
         return self
+
+    @property
+    def rate(self) -> Tensor | None:
+        """The learning rate where the host need not know it: a factor of the rule's direction."""
+        return self.lr if self.capturable and isinstance(self.lr, Tensor) else None
 
     def refreshes(self, step: int) -> bool:
         """Whether directions are chosen at a step."""

@@ -81,6 +81,7 @@ class Place:
     random: RandomBits  # of the matrix; the subspace names step and purpose
     owned: slice  # of this rank's rows, those that count in sums
     role: Role | None = None  # with a dictionary of its own
+    counter: Tensor | None = None  # (), of its updates, this one included, where the host does not know them
     scores: Tensor | None = None  # (n,), of its columns, where ranks have summed them before the step
 
     @property

@@ -30,8 +30,8 @@ class Trion(LowRankOptimizer):
         params: tensors, named tensors or groups; every option can differ per group.
         lr, momentum, weight_decay: of matrices. `weight_decay` also holds for the dense path.
         rank, dictionary, dictionary_interval, transform, materialize, transform_precision, ranking, side, state_dtype,
-            weight_rounding, seed, process_group, workspace_bytes, verify_every, agree_on_gradients: as `DCTAdamW`'s.
-            Columns are chosen at every step.
+            weight_rounding, capturable, seed, process_group, workspace_bytes, verify_every, agree_on_gradients: as
+            `DCTAdamW`'s. Columns are chosen at every step.
         newton_schulz_steps: quintic steps with coefficients (3.4445, -4.7750, 2.0315).
         scale: of the step: `spectral`, max(1, sqrt(R / C)); `match_rms_adamw`, 0.2 sqrt(max(R, C)); `none`, 1.
         dense_lr, dense_betas, dense_eps: of AdamW on the dense path. Schedulers change `lr`; `dense_lr` follows in
@@ -63,6 +63,7 @@ class Trion(LowRankOptimizer):
         dense_eps: float = 1e-8,
         state_dtype: str | None = None,
         weight_rounding: str = "nearest",
+        capturable: bool = False,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
         workspace_bytes: int = WORKSPACE_BYTES,
@@ -88,6 +89,7 @@ class Trion(LowRankOptimizer):
             "dense_eps": dense_eps,
             "state_dtype": state_dtype,
             "weight_rounding": weight_rounding,
+            "capturable": capturable,
             "seed": seed,
         }
         super().__init__(

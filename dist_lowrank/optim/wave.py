@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dist_lowrank.dictionaries import DictionaryCache
 from dist_lowrank.optim.binding import BoundMatrix
+from dist_lowrank.optim.capturable import LATER_STEP
 from dist_lowrank.optim.dense import local_gradients
 from dist_lowrank.optim.recipe import SCALES, Recipe, Update
 from dist_lowrank.optim.rounding import RandomBits, RowNoise, store_weight
@@ -86,9 +87,10 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
     tasks, random = [], []
     for index, (matrix, recipe) in enumerate(wave):
         own = matrix.state(state[matrix.parameter])
-        step, layout = int(own["step"]), matrix.layout
+        step, layout = LATER_STEP if recipe.capturable else int(own["step"]), matrix.layout
         bits = RandomBits(recipe.seed, matrix.name, step)
-        place = place_of(matrix, rows[index].device, cache, bits)
+        counter = own["step"] if recipe.capturable else None
+        place = place_of(matrix, rows[index].device, cache, bits, counter)
         matrix.scores = None  # used up
         rule = recipe.rule(rows[index], own, step, place, RowNoise(bits, layout.start))
         random.append(bits)
@@ -113,9 +115,12 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
             matrix.previous_indices, matrix.captured_energy = update.choice.previous_indices, update.choice.captured
         weight = matrix.piece.view(local(matrix.parameter.detach()))
         lifts = deliveries[index] in ("local", "coefficients")
-        narrow = lifts and recipe.weight_rounding == "nearest" and recipe.operands(matrix.dtype) == weight.dtype
+        once = recipe.weight_rounding == "nearest" and (recipe.rate is None or not recipe.weight_decay)
+        narrow = lifts and once and recipe.operands(matrix.dtype) == weight.dtype
         target = weight if narrow else weight.to(matrix.dtype)  # the weight itself unless it is of lower precision
         decay, scale = step_size(recipe, layout.form)
+        if recipe.rate is not None and recipe.weight_decay:
+            target.mul_(1 - recipe.rate * recipe.weight_decay)
         if isinstance(layout, Delivered) and deliveries[index] == "rows":
             layout.add_update(target, arrived[index], decay=decay, scale=scale)
         elif isinstance(layout, FlatRows):
@@ -127,15 +132,22 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
             store_weight(weight, target, recipe.weight_rounding, random[index], layout.offset, layout.form.shape)
 
 
-def place_of(matrix: BoundMatrix, device: torch.device, cache: DictionaryCache, bits: RandomBits) -> Place:
+def place_of(
+    matrix: BoundMatrix,
+    device: torch.device,
+    cache: DictionaryCache,
+    bits: RandomBits,
+    counter: Tensor | None = None,
+) -> Place:
     layout = matrix.layout
-    return Place(
-        layout.form, matrix.dtype, device, layout.repeated, cache, bits, layout.owned, matrix.role, matrix.scores
-    )
+    known = (layout.form, matrix.dtype, device, layout.repeated, cache, bits, layout.owned, matrix.role)
+    return Place(*known, counter=counter, scores=matrix.scores)
 
 
 def step_size(recipe: Recipe, form: TallForm) -> tuple[float, float]:
-    """What the weight and the update are multiplied by."""
+    """What the weight and the update are multiplied by, beside `Recipe.rate`."""
+    if recipe.rate is not None:
+        return 1.0, 1.0
     decay = 1 - float(recipe.lr) * recipe.weight_decay
     scale = -float(recipe.lr) * SCALES[recipe.scale](*form.shape)
     return decay, scale * decay if recipe.decay_last else scale
