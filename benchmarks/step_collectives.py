@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dist_lowrank.planning.parameters import PlannedParameter, planned_parameters
 from measuring import ROOT, provenance, show
 
 from dist_lowrank.config import RunConfig, compose
