@@ -111,6 +111,11 @@ REFUSED = {
         ["launch", "launcher=kubernetes", "launcher.kind=job"],
         "text.txt: is not allowed with launcher=kubernetes, pods do not have it; allowed: paths below /data",
     ),
+    "data without a volume for it": (
+        ["launch", "--render-only", "launcher=kubernetes", "data.path=/data/text/*.txt"],
+        "/data/text: is not allowed with launcher=kubernetes, pods do not have it; allowed: paths below /data (launcher"
+        ".data_claim)",
+    ),
     "a batch that the processes cannot share": (
         ["launch", "--render-only", "launcher=slurm", "launcher.nodes=3"],
         "train.global_batch_size: 16 is not allowed with 24 processes; allowed: a multiple of 24",
@@ -128,9 +133,16 @@ def test_what_cannot_be_started_is_refused_before_anything_is_written(
 ) -> None:
     arguments, message = REFUSED[what]
     monkeypatch.setenv("PATH", str(folder))
-    assert main([*arguments, *TEXT]) == ExitCode.CONFIGURATION
+    assert main([arguments[0], *TEXT, *arguments[1:]]) == ExitCode.CONFIGURATION
     assert message in capsys.readouterr().err
     assert not (folder / "runs").exists()
+
+
+def test_text_on_a_volume_of_the_cluster_need_not_be_on_the_machine_that_launches(folder: Path) -> None:
+    volume = ["data.path=/data/nowhere/else/*.txt", "data.cache=/runs/cache", "launcher.data_claim=text"]
+    assert main(["launch", "--render-only", "launcher=kubernetes", "launcher.device=cpu", *TEXT, *volume]) == 0
+    (manifest,) = folder.glob("runs/*/attempt-1/launch/manifest.yaml")
+    assert "/data/nowhere/else/*.txt" in manifest.read_text()
 
 
 def test_slurm_is_not_started_where_its_directives_cannot_name_the_folder(

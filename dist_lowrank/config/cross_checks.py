@@ -29,7 +29,7 @@ def check_combinations(config: RunConfig) -> None:
 
 def _missing_files(config: RunConfig) -> list[str]:
     problems = []
-    if isinstance(config.data, TextData):
+    if isinstance(config.data, TextData) and config.launcher.name != "kubernetes":  # its volumes are not seen here
         for key in ("path", "validation_path"):
             pattern: str | None = getattr(config.data, key)
             if pattern is not None and not glob.glob(pattern, recursive=True) and not os.path.exists(pattern):

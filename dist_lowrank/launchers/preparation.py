@@ -9,6 +9,7 @@ from pathlib import Path
 from dist_lowrank.config import ConfigError, RunConfig, RunFolder, compose, create, digest, open_run
 from dist_lowrank.config.deepspeed_json import deepspeed_json
 from dist_lowrank.config.optimizers import DCTAdamWConfig
+from dist_lowrank.config.schema import TextData
 from dist_lowrank.launchers.startable import check_startable
 from dist_lowrank.training.data import check_data
 
@@ -90,10 +91,11 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         check_world(config, size)
     if not config.launcher.world_sizes:  # else processes start elsewhere
         _check_kernels(config)
-    try:
-        check_data(config.data)
-    except (ValueError, ConnectionError) as error:
-        raise ConfigError(str(error)) from error
+    if not (isinstance(config.data, TextData) and config.launcher.name == "kubernetes"):  # pods look for themselves
+        try:
+            check_data(config.data)
+        except (ValueError, ConnectionError) as error:
+            raise ConfigError(str(error)) from error
 
     from dist_lowrank.training.parameter_table import parameter_table  # slow: imports transformers
 

@@ -6,7 +6,7 @@ import os
 import shutil
 
 from dist_lowrank.config import ConfigError, RunConfig
-from dist_lowrank.config.launchers import RenderingLauncher
+from dist_lowrank.config.launchers import KubernetesLauncher, RenderingLauncher
 
 
 def check_startable(config: RunConfig, *, render_only: bool = False) -> None:
@@ -27,8 +27,8 @@ def check_startable(config: RunConfig, *, render_only: bool = False) -> None:
         from dist_lowrank.planning.devices import capacity_bytes
 
         capacity_bytes(launcher.accelerator, "launcher.accelerator")
-    if launcher.name == "kubernetes":
-        _check_paths_in_pods(config)
+    if isinstance(launcher, KubernetesLauncher):
+        _check_paths_in_pods(config, launcher)
     if launcher.name in ("slurm", "slurm_pyxis"):
         from dist_lowrank.launchers.slurm import check_paths
 
@@ -58,12 +58,13 @@ def _starter(config: RunConfig) -> tuple[str, str]:
     return f"launcher: {launcher.name}", "sbatch" if launcher.name.startswith("slurm") else "bash"
 
 
-def _check_paths_in_pods(config: RunConfig) -> None:
+def _check_paths_in_pods(config: RunConfig, launcher: KubernetesLauncher) -> None:
     from dist_lowrank.launchers.containers import RUNS, paths_of
     from dist_lowrank.launchers.kubernetes import DATA
 
+    volumes = [RUNS] if launcher.data_claim is None else [RUNS, DATA]
     for path, _ in paths_of(config):
-        if not path.startswith((f"{DATA}/", f"{RUNS}/")) and path not in (DATA, RUNS):
+        if not any(path == volume or path.startswith(f"{volume}/") for volume in volumes):
             raise ConfigError(
                 f"{path}: is not allowed with launcher=kubernetes, pods do not have it; allowed: paths below {DATA} "
                 f"(launcher.data_claim) and {RUNS} (launcher.claim)"
