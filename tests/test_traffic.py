@@ -48,7 +48,7 @@ def _optimizer(rank: int, layout: str, world_size: int, optimizer: str, **option
     make, defaults = OPTIMIZERS[optimizer]
     model = Model(SHAPES, torch.float32)
     model.narrow = nn.Module()
-    model.narrow.weight = nn.Parameter(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).bfloat16())
+    model.narrow.weight = nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16())
     model.wider = nn.Module()
     model.wider.weight = nn.Parameter(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).double())
     if layout != "flat":
@@ -151,7 +151,7 @@ def _summed(rank: int, stagger: bool) -> list[int]:
 def test_staggered_refreshes_sum_one_gram_matrix_at_a_time() -> None:
     at_once, in_turn = (run_on_ranks(2, _summed, stagger)[0] for stagger in (False, True))
     assert [bool(elements) for elements in at_once] == [False] * 9 + [True]
-    squares = [min(shape) ** 2 for shape in (*SHAPES.values(), (4, 8), (4, 8)) if len(shape) == 2]
+    squares = [min(shape) ** 2 for shape in (*SHAPES.values(), (6, 4), (4, 8)) if len(shape) == 2]
     assert sum(at_once) == sum(in_turn) == sum(squares)
     assert sorted(elements for elements in in_turn if elements) == sorted(squares)
 
