@@ -113,6 +113,35 @@ def test_a_recorded_step_repeats_as_the_steps_that_follow_would_be(name: str, dt
             assert "indices" not in expected or torch.equal(kept["indices"], expected["indices"])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", KINDS)
+def test_a_captured_graph_follows_the_steps_that_are_not_captured(name: str) -> None:
+    kind, options = KINDS[name]
+    shapes = [*SHAPES, *MIXED_SHAPES[2:]]
+    eager, captured = (
+        [Parameter(each.detach().cuda()) for each in make_parameters(shapes, torch.float32)] for _ in range(2)
+    )
+    reference = make(kind, eager, **options | {"lr": RATES[0]})
+    optimizer = make(kind, captured, **options | CAPTURABLE | {"lr": torch.tensor(RATES[0], device="cuda")})
+    graph = torch.cuda.CUDAGraph()
+    beside = torch.cuda.Stream()
+    for step, gradients in enumerate(make_gradients(shapes, STEPS)):
+        _fed(reference, eager, RATES[step], gradients)()
+        take_step = _fed(optimizer, captured, RATES[step], gradients)
+        if step < RECORDED:
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                take_step()
+            torch.cuda.current_stream().wait_stream(beside)
+            continue
+        if step == RECORDED:
+            with torch.cuda.graph(graph):
+                take_step()
+        graph.replay()
+        for left, right in zip(captured, eager, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-2, atol=1e-2)
+
+
 def test_without_it_the_host_reads_the_step() -> None:
     parameters = make_parameters([(8, 6)])
     optimizer = make("dct_adamw", parameters, refresh_interval=1)

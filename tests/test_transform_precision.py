@@ -65,15 +65,15 @@ def as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def _check_products() -> None:
-    generator = torch.Generator().manual_seed(0)
+def _check_products(device: str = "cpu") -> None:
+    generator = torch.Generator(device).manual_seed(0)
     for rows, n, rank in ((70, 40, 9), (1, 16, 16), (0, 8, 3), (33, 7, 1)):
-        D, indices = rounded(columns("dct2", n)), torch.arange(n - rank, n)
+        D, indices = rounded(columns("dct2", n, device=device)), torch.arange(n - rank, n, device=device)
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
-            dictionary = Dictionary("dct2", n, dtype=dtype, device=torch.device("cpu"), precision="bf16")
+            dictionary = Dictionary("dct2", n, dtype=dtype, device=torch.device(device), precision="bf16")
             assert dictionary.storage_bytes == 2 * n * n
-            matrix = torch.randn(n, rows, generator=generator, dtype=dtype).t()
-            coefficients = torch.randn(rows, rank, generator=generator, dtype=dtype)
+            matrix = torch.randn(n, rows, generator=generator, dtype=dtype, device=device).t()
+            coefficients = torch.randn(rows, rank, generator=generator, dtype=dtype, device=device)
             lifted = 0.9 * matrix.double() - 0.1 * rounded(coefficients) @ D[:, indices].t()
             for target in (matrix.clone(), matrix.contiguous()):  # also with the strides of the left side
                 dictionary.add_lifted(target, coefficients, indices, decay=0.9, scale=-0.1)
@@ -97,6 +97,11 @@ def test_operands_alone_are_rounded(block_elements: int) -> None:
 
 def test_operands_alone_are_rounded_by_what_a_gpu_is_asked_for(as_on_a_gpu: None) -> None:
     _check_products()
+
+
+@pytest.mark.gpu
+def test_operands_alone_are_rounded_on_a_gpu() -> None:
+    _check_products("cuda")
 
 
 # Steps ---------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,11 @@ def state_dtype(parameter: Tensor, choice: str | None) -> torch.dtype:
     return parameter.dtype if choice == "weights" else arithmetic_dtype(parameter)
 
 
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """Of its gradient, the same on all ranks; torch lets a parameter have another than its own."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
 def local_gradient(parameter: Tensor) -> Tensor:
     """The local part of a gradient, placed as its parameter is; zeros where only other ranks have one.
 
@@ -89,7 +94,7 @@ def local_gradient(parameter: Tensor) -> Tensor:
     """
     gradient = parameter.grad
     if gradient is None:
-        return torch.zeros_like(local(parameter.detach()))
+        return torch.zeros_like(local(parameter.detach()), dtype=gradient_dtype(parameter))
     if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
         gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
     return local(gradient)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dist_lowrank.optim.binding import BoundMatrix, BoundParameter
 from dist_lowrank.optim.columns import PreviousColumns
+from dist_lowrank.optim.dense import gradient_dtype
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.low_rank import LowRank
 from dist_lowrank.optim.recipe import Sum, Whole
@@ -28,6 +29,7 @@ from dist_lowrank.optim.wave import Job, cut_waves
 from dist_lowrank.sharding.exchanged import Delivered, Exchanged
 from dist_lowrank.sharding.layouts import local
 from dist_lowrank.sharding.rounds import owners, work
+from dist_lowrank.sharding.transport import sent_dtype
 
 PURPOSES = (
     "agreement",
@@ -108,7 +110,7 @@ def collectives_of_dictionaries(optimizer: LowRankOptimizer) -> list[Collective]
     for roles, waves in learning_waves(jobs, workspace_bytes):
         for wave in waves:
             matrices = [matrix for matrix, _ in wave if matrix.present]
-            fetched = [(matrix, _fetched(matrix), matrix.dtype) for matrix in matrices if matrix.layout.exchanges]
+            fetched = [_fetched(matrix, matrix.dtype) for matrix in matrices if matrix.layout.exchanges]
             collectives += _fused("rows", "all_to_all", fetched)
             summed = [(matrix, 1, matrix.dtype) for matrix in matrices if matrix.layout.group is not None]
             collectives += _fused("traces", "all_reduce", summed)
@@ -136,9 +138,7 @@ def _of_wave(wave: Sequence[Job], refresh: bool, step: int | None, scores_known:
     matrices = [matrix for matrix, _ in wave]
     operands = [recipe.operands(matrix.dtype) for matrix, recipe in wave]  # the dtype of rows and of directions
     fetched = [
-        (matrix, _fetched(matrix), dtype)
-        for matrix, dtype in zip(matrices, operands, strict=True)
-        if matrix.layout.exchanges
+        _fetched(matrix, dtype) for matrix, dtype in zip(matrices, operands, strict=True) if matrix.layout.exchanges
     ]
     yield from _fused("rows", "all_to_all", fetched)
     rounds = [
@@ -210,12 +210,13 @@ def _fused(purpose: str, operation: str, sent: Sequence[tuple[BoundMatrix, int, 
         yield Collective(purpose, operation, dtype, total)
 
 
-def _fetched(matrix: BoundMatrix) -> int:
-    """Elements of its gradient that this rank sends so that rows become whole."""
-    if not isinstance(matrix.layout, Exchanged):
-        return 0
+def _fetched(matrix: BoundMatrix, dtype: torch.dtype) -> tuple[BoundMatrix, int, torch.dtype]:
+    """Elements of its gradient that this rank sends so that rows become whole, wanted in `dtype`; and in which."""
     gradient = torch.empty_like(local(matrix.parameter), device="meta", memory_format=torch.contiguous_format)
-    return _elements(matrix.layout.outgoing(matrix.piece.view(gradient)))
+    sent = sent_dtype(gradient_dtype(matrix.parameter), dtype)
+    if not isinstance(matrix.layout, Exchanged):
+        return matrix, 0, sent
+    return matrix, _elements(matrix.layout.outgoing(matrix.piece.view(gradient))), sent
 
 
 def _returned(matrix: BoundMatrix) -> int:

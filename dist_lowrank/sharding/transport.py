@@ -18,9 +18,9 @@ from dist_lowrank.sharding.rounds import exchange, gather_rows
 
 
 def fetch_rows(layouts: Sequence[Layout], gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """This rank's rows of each matrix, (stop - start, n), in the dtype of the arithmetic; views where possible."""
+    """This rank's rows of each matrix, (stop - start, n), in these dtypes; views where possible."""
     rows = [
-        layout.rows(gradient).to(dtype) if isinstance(layout, RowBlock) else gradient.to(dtype)
+        layout.rows(gradient) if isinstance(layout, RowBlock) else gradient.to(sent_dtype(gradient.dtype, dtype))
         for layout, gradient, dtype in zip(layouts, gradients, dtypes, strict=True)
     ]
     exchanged = {index: layout for index, layout in enumerate(layouts) if isinstance(layout, Exchanged)}
@@ -35,7 +35,14 @@ def fetch_rows(layouts: Sequence[Layout], gradients: Sequence[Tensor], dtypes: S
     for index, layout in exchanged.items():
         if not layout.exchanges:
             rows[index] = layout.assemble(rows[index], [])
+    for index, dtype in enumerate(dtypes):  # one at a time, so that what was converted is let go
+        rows[index] = rows[index].to(dtype)
     return rows
+
+
+def sent_dtype(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    """In which numbers stored so are sent that are wanted so: the narrower, as nothing is lost on the way."""
+    return stored if stored.itemsize < wanted.itemsize else wanted
 
 
 def gather_coefficients(
