@@ -51,6 +51,8 @@ STEPS = {
     "n/4, refresh": (),
 }
 KINDS = {"ordinary": (NEVER,), "refresh": ()}  # of the second table; n/4
+GROUPS = ((1, False), (2, True), (2, False), (4, False))  # processes, and whether each is on its own
+SHORT_GROUPS = GROUPS[::2]
 # A shard: two layers as of llama_60m, and a part of the vocabulary.
 SHARD = ("model=llama_60m", "data.vocab_size=320")
 LAYERS, WORDS = 2, 2048
@@ -95,8 +97,9 @@ def times_of_models(options: argparse.Namespace) -> list[str]:
         "|---" * (2 + len(STEPS)) + "|",
     ]
     torch.set_num_threads(options.threads)
+    small = [f"{key}=320" for key in ("model.config.vocab_size", "data.vocab_size")] if options.short else []
     for name in options.models:
-        base = [f"model={name}", *(("model.config.num_hidden_layers=1",) if options.short else ())]
+        base = [f"model={name}", *small]
         model = build_model(compose(base))
         fill_gradients(model)
         counts.append(sum(parameter.numel() for parameter in model.parameters()))
@@ -182,7 +185,7 @@ def times_of_processes(options: argparse.Namespace) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for kind, overrides in list(KINDS.items())[-1 if options.short else 0 :]:
-        for processes, alone in ((1, False), (2, True), (2, False), (4, False)):
+        for processes, alone in SHORT_GROUPS if options.short else GROUPS:
             config = config_of(1 if alone else processes, overrides, options.short)
             arguments = (config, options.repeats)
             ranks = run_on_ranks(processes, measure, *arguments, timeout_seconds=200, distributed=not alone)
@@ -207,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     parser.add_argument("--write", action="store_true", help="also into docs/speed.md")
     options = parser.parse_args(arguments)
     if options.short:
-        options.models, options.repeats, options.threads = ["llama_tiny", "llama_9m"], 2, 1
+        options.models, options.repeats, options.threads = ["llama_9m", "llama_20m"], 2, 1
     header = provenance(__file__, arguments, torch.device("cpu"))
     processes = times_of_processes(options)  # first: threads do not survive a fork
     threads = torch.get_num_threads()

@@ -65,7 +65,18 @@ def test_the_short_form_of_scaling_counts_bytes_and_fits_exponents() -> None:
     exponents = next(row[2:] for row in rows if row[0] == "exponent")
     assert len(exponents) == 5
     assert all(map(math.isfinite, map(float, exponents)))
-    one, apart, two, four = (int(row[-1].replace(",", "")) for row in rows if row[0] == "refresh")
-    assert one == apart == 0  # with no one to send to
+    one, two = (int(row[-1].replace(",", "")) for row in rows if row[0] == "refresh")
+    assert one == 0  # with no one to send to
     assert two == 4 * 2 * 2 * 7 * 64  # 4 bytes, 2 layers for each of 2 processes, 7 matrices, n = 64
-    assert four == 2 * two
+
+
+def test_the_short_form_of_whole_steps_tells_tokens_and_the_part_of_the_optimizer() -> None:
+    text = importlib.import_module("end_to_end").main(["--short", "--clock", "processor"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    figures = {row[0]: [float(cell.replace(",", "")) for cell in row[1:]] for row in rows[2:]}
+    assert set(figures) == {"AdamW, fused", "DCT-AdamW"}
+    for tokens_per_second, milliseconds, _, optimizer, _, percent, _ in figures.values():
+        assert tokens_per_second == pytest.approx(16 * 32 / milliseconds * 1e3, rel=0.01)
+        assert 0 < optimizer < milliseconds
+        assert 0 < percent < 100
+    assert figures["AdamW, fused"][-1] == 1

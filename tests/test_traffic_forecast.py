@@ -104,3 +104,12 @@ def test_check_says_that_adamw_sends_nothing_and_what_is_not_counted(capsys: pyt
     text = capsys.readouterr().out
     assert _printed(text) == {"every step": {}}
     assert "(without what fsdp itself sends for gradients and weights)" in text
+
+
+def test_check_counts_scores_once_where_they_come_with_the_gradients(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [*TINY, "strategy=ddp", "optimizer.selection=previous", "launcher.device=cpu"]
+    sums = []
+    for low_rank in ("false", "true"):
+        assert main(["check", *overrides, f"strategy.low_rank_gradients={low_rank}"]) == 0
+        sums.append("allreduce_" in _printed(capsys.readouterr().out)["every step"])
+    assert sums == [True, False]
