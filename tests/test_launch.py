@@ -127,10 +127,13 @@ def test_a_bad_key_under_torchrun_is_told_once_and_ends_all_ranks(folder: Path) 
     [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR1))],
 )
 def test_a_signal_stops_a_run_after_the_step_without_a_traceback(folder: Path, number: signal.Signals) -> None:
-    run = _start(folder, [COMMAND, "train", *SMALL, FOREVER])
+    run = _start(folder, ["nohup", COMMAND, "train", *SMALL, FOREVER])
     _wait_for_steps(folder)
+    for process in _processes_in(folder):
+        os.kill(process, signal.SIGHUP)  # the terminal closes, of which nohup keeps them
     run.send_signal(number)
     output, errors = run.communicate(timeout=30)
+    assert "SIGHUP" not in output
     assert run.returncode == (ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.REQUEUE), errors
     assert "Traceback" not in errors
     assert "error" not in errors

@@ -63,7 +63,9 @@ def _launch_once(config: RunConfig, folder: RunFolder) -> ExitCode:
         shutdown_timeout=config.launcher.stop_seconds,
         logs_specs=SharedConsole(),
     )
-    settings.signals_to_handle = "SIGTERM,SIGHUP,SIGQUIT,SIGUSR1"
+    heard = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+    ignored = [number for number in heard if signal.getsignal(number) is signal.SIG_IGN]  # SIGHUP under nohup
+    settings.signals_to_handle = ",".join(number.name for number in heard if number not in ignored)
     signal.signal(signal.SIGINT, interrupt)
     worker = ("-m", "dist_lowrank.worker", str(folder.attempt_path), "--launcher", str(os.getpid()))
     try:

@@ -36,7 +36,7 @@ _REASONS = {
 def stop_requests(stop_in_seconds: float | None = None) -> Iterator[list[StopReason]]:
     """A list that SIGINT, SIGTERM, SIGUSR1, SIGHUP and the clock append to, for the loop to look at between steps.
 
-    A second SIGINT ends the process at once.
+    A second SIGINT ends the process at once. What this process was started to ignore, as SIGHUP by `nohup`, it ignores.
 
     Args:
         stop_in_seconds: when the clock asks; None: never.
@@ -49,7 +49,8 @@ def stop_requests(stop_in_seconds: float | None = None) -> Iterator[list[StopRea
             os._exit(ExitCode.INTERRUPTED)
         received.append(reason)
 
-    previous = {number: signal.signal(number, note) for number in _REASONS}
+    heard = [number for number in _REASONS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, note) for number in heard}
     clock = None
     if stop_in_seconds is not None:
         clock = threading.Timer(max(0.0, stop_in_seconds), received.append, [StopReason.TIME_LIMIT])
