@@ -6,6 +6,9 @@ Two hosts of network namespaces (tests/cluster/hosts.py) with a process each tra
 in turns, under DDP and FSDP2, once per bandwidth. Bytes are read from the interface around the optimizer's step and
 around the whole step, all protocols and headers included. Beside them stands what the layouts declare beforehand
 (`dist_lowrank.optim.traffic`). Seconds are of the slower host; all figures are medians. Writes a Markdown table.
+
+`apart` are seconds of the optimizer's step, taken in turn with the others on the same model, where every collective is
+waited for at once and no wave is cut so that another can hide behind it.
 """
 
 from __future__ import annotations
@@ -17,16 +20,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from dist_lowrank.config import compose
+from dist_lowrank.optim import engine, wave
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.traffic import Collective, collectives_of_step
+from dist_lowrank.sharding.turns import Activity, finish
 from dist_lowrank.training.evaluate import next_token_loss
 from dist_lowrank.training.model import build_model
 from dist_lowrank.training.strategy import Strategy, make_strategy
@@ -52,6 +59,7 @@ class Measured:
     optimizer_seconds: float
     step_bytes: int
     step_seconds: float
+    apart_seconds: float  # of the optimizer
 
 
 def measure(rank: int, options: argparse.Namespace) -> list[Measured]:
@@ -69,16 +77,22 @@ def _measure_strategy(name: str, options: argparse.Namespace) -> list[Measured]:
     figures: dict[str, list[list[float]]] = {optimizer: [] for optimizer in OPTIMIZERS}
     for number in range(options.steps + 1):
         for optimizer, strategy in trained.items():
-            found = _step(strategy, tokens)
+            found: dict[bool, list[float]] = {}
+            for apart in (True, False) if number % 2 else (False, True):
+                with _apart() if apart else nullcontext():
+                    found[apart] = _step(strategy, tokens)
             if number:  # the first also compares replicas and makes the state
-                figures[optimizer].append(found)
+                figures[optimizer].append([*found[False], found[True][1]])
     return [
         Measured(
             name,
             optimizer,
             sum(parameter.numel() for parameter in strategy.model.parameters()),
             sum(map(_sent, _declared(strategy))),
-            *(kind(statistics.median(column)) for kind, column in zip((int, float, int, float), columns, strict=True)),
+            *(
+                kind(statistics.median(column))
+                for kind, column in zip((int, float, int, float, float), columns, strict=True)
+            ),
         )
         for optimizer, strategy in trained.items()
         for columns in [zip(*figures[optimizer], strict=True)]
@@ -102,6 +116,18 @@ def _step(strategy: Strategy, tokens: torch.Tensor) -> list[float]:
     before = _measured(compute_gradients)
     optimizer = _measured(lambda: strategy.step(skip=False))
     return [*optimizer, *(sum(pair) for pair in zip(before, optimizer, strict=True))]
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Waves one after the other, as few as the workspace allows."""
+
+    def one_by_one(activities: Sequence[Activity], _: int) -> None:
+        for activity in activities:
+            finish(activity.turns)
+
+    with mock.patch.object(engine, "take_turns", one_by_one), mock.patch.object(wave, "MOST_WAVES", 1):
+        yield
 
 
 def _measured(action: Callable[[], object]) -> tuple[float, float]:
@@ -151,7 +177,7 @@ def run_on_hosts(megabits_per_second: float, options: argparse.Namespace) -> lis
 
 def _row(megabits_per_second: float, found: Measured) -> str:
     sent = [f"{count / 1e6:.2f}" for count in (found.declared_bytes, found.optimizer_bytes, found.step_bytes)]
-    seconds = [f"{each:.2f}" for each in (found.optimizer_seconds, found.step_seconds)]
+    seconds = [f"{each:.2f}" for each in (found.optimizer_seconds, found.step_seconds, found.apart_seconds)]
     cells = [
         f"{megabits_per_second:g}",
         found.strategy,
@@ -159,6 +185,8 @@ def _row(megabits_per_second: float, found: Measured) -> str:
         sent[0],
         sent[1],
         seconds[0],
+        seconds[2],
+        f"{found.optimizer_seconds / found.apart_seconds:.2f}",
         sent[2],
         seconds[1],
     ]
@@ -187,8 +215,9 @@ def main() -> None:
         f"{options.model}, {max(found.parameters for _, found in results) / 1e6:.1f}M parameters in fp32, two hosts, "
     )
     print(f"{options.latency:g} ms one way, {options.steps} steps; MB and seconds per step and host\n")
-    print("| Mbit/s | strategy | optimizer | declared MB | sent by the optimizer | seconds | sent in all | seconds |")
-    print("|---|---|---|---|---|---|---|---|")
+    heads = ("Mbit/s", "strategy", "optimizer", "declared MB", "sent by the optimizer", "seconds", "apart", "ratio")
+    print(f"| {' | '.join((*heads, 'sent in all', 'seconds'))} |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for bandwidth, found in results:
         print(_row(bandwidth, found))
 

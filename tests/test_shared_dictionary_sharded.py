@@ -163,7 +163,7 @@ def test_sharded_and_resumed_within_an_interval_equals_one_unbroken_process(
                 torch.testing.assert_close(own @ own.T, torch.eye(len(own), dtype=own.dtype))
             assert len(traffic) >= 5
             for predicted, sent in traffic:
-                assert predicted == sent, case
+                assert sorted(predicted) == sorted(sent), case  # two waves at a time
 
 
 def _pieces(rank: int, strategy: str, world_size: int) -> tuple[dict[str, Tensor], list[tuple[Any, Any]]]:

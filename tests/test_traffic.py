@@ -15,7 +15,8 @@ from test_sharded_trajectories import SHAPES, Model, random_cuts, shard
 from torch import nn
 
 from dist_lowrank.optim import Apollo, DCTAdamW, Dion, Dion3, Fira, GaLore, LDAdam, Muon, SubTrack, Trion
-from dist_lowrank.optim.traffic import collectives_of_step
+from dist_lowrank.optim.traffic import collectives_of_step, jobs_of
+from dist_lowrank.optim.transient import held_bytes
 from dist_lowrank.sharding.flat_slices import FlatSlice
 from dist_lowrank.sharding.pieces import FlatPart
 
@@ -38,7 +39,7 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
 COLUMNS = ("dct_adamw", "trion")
 OWNED = ("muon", "muon_bf16", "dion3")
 CUT = [("ddp", 3), ("fsdp_rows", 3)]
-WORKSPACES_BYTES = (2**20, 700, 1)  # one wave, several, one for each matrix
+SHARES_OF_WORKSPACE = (1.0, 0.75, 0.0)  # of what all matrices hold: one wave, several, one for each matrix
 # On gloo; what a test compares is in words of torch.distributed.
 NAMES = {"allreduce_": "all_reduce", "allgather_": "all_gather", "alltoall_base_": "all_to_all"}
 Sent = list[tuple[str, int, int]]  # operation, elements, bytes
@@ -97,7 +98,8 @@ def _predicted_and_sent(
 
 
 def _by_workspace(rank: int, *args: Any) -> list[list[tuple[Sent, Sent]]]:
-    return [_predicted_and_sent(rank, *args, workspace_bytes) for workspace_bytes in WORKSPACES_BYTES]
+    all_held_bytes = sum(held_bytes(*job) for job in jobs_of(_optimizer(rank, *args)))
+    return [_predicted_and_sent(rank, *args, max(1, int(share * all_held_bytes))) for share in SHARES_OF_WORKSPACE]
 
 
 def _elements(sent: Sent) -> int:
@@ -128,12 +130,12 @@ def test_predicted_collectives_are_those_that_a_step_sends(layout: str, world_si
         for pairs in by_workspace:
             assert len(pairs) == 5
             for predicted, sent in pairs:
-                assert predicted == sent
+                assert sorted(predicted) == sorted(sent)  # two waves at a time
         # A small workspace sends the same in more calls.
         sent_at_refresh = [max((sent for _, sent in pairs), key=_elements) for pairs in by_workspace]
         # Few of the matrices of a staggered one are in the same step, and Muon holds too much for two in a small wave.
         if optimizer not in ("galore_staggered", "muon", "muon_bf16"):
-            assert len({len(sent) for sent in sent_at_refresh}) == len(WORKSPACES_BYTES)
+            assert len({len(sent) for sent in sent_at_refresh}) == len(SHARES_OF_WORKSPACE)
         elements.append(list(map(_elements, sent_at_refresh)))
     by_workspace_size = zip(*elements, strict=True)
     if optimizer in OWNED:  # whoever owns a matrix

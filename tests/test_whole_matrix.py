@@ -35,6 +35,7 @@ from dist_lowrank.sharding.layouts import TallForm, tall_form
 from dist_lowrank.sharding.pieces import FlatPart
 from dist_lowrank.sharding.rounds import Task, run_rounds
 from dist_lowrank.sharding.rule import OnOwner
+from dist_lowrank.sharding.turns import finish
 
 BF16 = torch.bfloat16
 MUON: list[dict[str, Any]] = [
@@ -350,7 +351,7 @@ def _on_owners_of_random_cuts(rank: int, world_size: int) -> None:
             values = torch.tensor([[generator.random() for _ in range(form.n)] for _ in range(form.rows)])
             tasks.append(Task(_ask_owner(values[layout.start : layout.stop]), layout))
             expected.append(_count_rows(values[None])[0, layout.start : layout.stop])
-        for found, wanted in zip(run_rounds(tasks), expected, strict=True):
+        for found, wanted in zip(finish(run_rounds(tasks)), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 

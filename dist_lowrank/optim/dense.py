@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +109,15 @@ def local_gradients(pieces: Sequence[tuple[Tensor, Piece]]) -> dict[Tensor, Tens
             gradient = local_gradient(parameter)
             by_parameter[parameter] = gradient if piece.whole else gradient.contiguous()
     return by_parameter
+
+
+def copies_bytes(parameters: Sequence[DenseParameter]) -> float:
+    """What a step on these holds: nothing, or, where some are converted for the arithmetic, as much as there is.
+
+    (Which parts are larger differs between ranks, and whether something else goes on meanwhile must not.)
+    """
+    converted = any(each.tensor.dtype != arithmetic_dtype(each.tensor) for each in parameters)
+    return math.inf if converted else 0
 
 
 def dense_state(parameter: DenseParameter, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 """The engine: one `step()` for every recipe and every layout.
 
-    for each wave of matrices that fits the workspace: update (see `dist_lowrank.optim.wave`)
+    waves of matrices: update (see `dist_lowrank.optim.wave`)
     dense parameters: AdamW
+
+Two of these that fit the workspace take turns: one computes while the other waits for its collectives.
 
 An optimizer is a subclass that says which recipe a parameter group follows.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ from dist_lowrank.optim.binding import (
     structure_of,
 )
 from dist_lowrank.optim.capturable import check_capturable, refuse_capture
-from dist_lowrank.optim.dense import DenseOptions, dense_options, dense_step, dense_waves
+from dist_lowrank.optim.dense import DenseOptions, copies_bytes, dense_options, dense_step, dense_waves
 from dist_lowrank.optim.diagnostics import Diagnostics
 from dist_lowrank.optim.flat_state import cut_tensors
 from dist_lowrank.optim.given import GivenParameters
@@ -41,6 +44,7 @@ from dist_lowrank.optim.saved_state import SavedState
 from dist_lowrank.optim.shared_dictionary import dictionaries_of_step, join_roles, shares_dictionary
 from dist_lowrank.optim.wave import Job, count_steps, cut_waves, no_autocast, update_wave, verify_columns
 from dist_lowrank.sharding.pieces import FlatPart, FlatPlace, check_parts
+from dist_lowrank.sharding.turns import Activity, at_once, take_turns
 
 WORKSPACE_BYTES = 512 * 2**20
 VERIFY_EVERY = 100  # steps
@@ -177,11 +181,13 @@ class LowRankOptimizer(Diagnostics, SavedState, ABC):
         count_steps(jobs, state)
         learning = dictionaries_of_step(jobs, self._matrices(), state, self._dictionaries, self.workspace_bytes)
         with no_autocast({bound.parameter.device.type for bound in everything}), learning as kept_bytes:
-            for wave in cut_waves(jobs, self.workspace_bytes - kept_bytes):
-                update_wave(wave, state, self._dictionaries)
-        for options, parameters in dense:
-            for part in dense_waves(parameters, self.workspace_bytes):
-                dense_step(part, [each.state(state[each.tensor]) for each in part], options)
+            workspace_bytes = self.workspace_bytes - kept_bytes
+            updates = [update_wave(wave, state, self._dictionaries) for wave in cut_waves(jobs, workspace_bytes)]
+            for options, parameters in dense:
+                for part in dense_waves(parameters, workspace_bytes):
+                    step = partial(dense_step, part, [each.state(state[each.tensor]) for each in part], options)
+                    updates.append(Activity(at_once(step), partial(copies_bytes, part)))
+            take_turns(updates, workspace_bytes)
         self._steps += bool(jobs)  # DeepSpeed steps group by group
         if jobs and self.verify_every and self._steps % self.verify_every == 0:
             verify_columns(self._matrices(), state)

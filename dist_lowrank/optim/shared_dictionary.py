@@ -36,6 +36,7 @@ from dist_lowrank.sharding.layouts import local
 from dist_lowrank.sharding.rounds import Task, run_rounds, sum_in_place
 from dist_lowrank.sharding.rule import Rule
 from dist_lowrank.sharding.transport import fetch_rows
+from dist_lowrank.sharding.turns import finish
 from dist_lowrank.subspaces import top_columns
 
 State = Mapping[Tensor, dict[str, Tensor]]
@@ -237,13 +238,13 @@ def _add_gram_matrices(wave: Sequence[Job], grams: Mapping[Role, Tensor], state:
     wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
     layouts = [matrix.layout for matrix, _ in wave]
     gradients = [matrix.piece.view(by_parameter[matrix.parameter]) for matrix, _ in wave]
-    rows = fetch_rows(layouts, gradients, [matrix.dtype for matrix, _ in wave])
+    rows = finish(fetch_rows(layouts, gradients, [matrix.dtype for matrix, _ in wave]))
     rules = [
         _add_gram_matrix(block, matrix, recipe, grams, matrix.state(state[matrix.parameter]))
         for block, (matrix, recipe) in zip(rows, wave, strict=True)
     ]
     del by_parameter, gradients, rows
-    run_rounds([Task(rule, layout) for rule, layout in zip(rules, layouts, strict=True)])
+    finish(run_rounds([Task(rule, layout) for rule, layout in zip(rules, layouts, strict=True)]))
 
 
 def _add_gram_matrix(

@@ -67,7 +67,7 @@ def collectives_of_step(
     dictionaries: bool = False,
     scores_known: bool = False,
 ) -> list[Collective]:
-    """The collectives of one step in which every parameter has a gradient, in order.
+    """The collectives of one step in which every parameter has a gradient, wave by wave; two waves take turns.
 
     Left out are those of the first step, which compares replicas, those that a gradient needs whose DTensor is not
     placed as its parameter's, and the further sums of an SVD whose gradient has a lower rank than the subspace.

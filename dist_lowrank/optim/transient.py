@@ -9,6 +9,8 @@ Both are bounds, from what all ranks know; `tests/test_transient_memory.py` meas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dist_lowrank.kernels.products import BLOCK_ELEMENTS
@@ -50,6 +52,39 @@ def held_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
         phases[0] += (2 * layout.largest_block + 5 * -(-form.rows // layout.group_size)) * whole
     sums_bytes = 3 * largest_sum_bytes(recipe, form, matrix.dtype)  # this rank's, packed, received
     return max(phases) * matrix.dtype.itemsize + sums_bytes
+
+
+def owned_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
+    """What its owner has of a matrix, beyond its share of the wave, while the result is under way."""
+    layout = matrix.layout
+    if layout.group_size == 1:
+        return 0
+    return 2 * layout.form.rows * whole_columns(recipe, layout.form) * matrix.dtype.itemsize
+
+
+def in_flight_bytes(wave: Sequence[tuple[BoundMatrix, Recipe]]) -> int:
+    """What a wave holds while another computes."""
+    return sum(held_bytes(*job) for job in wave) + max(owned_bytes(*job) for job in wave)
+
+
+def sent_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
+    """What the fullest rank sends of a matrix at a step that chooses directions."""
+    layout, form = matrix.layout, matrix.layout.form
+    if layout.group is None:
+        return 0
+    delivery, elements = layout.delivery(recipe.full_rows), 0
+    if layout.exchanges:
+        elements += 2 * form.n if delivery == "own rows" else layout.largest_part
+    if delivery == "coefficients":
+        elements += layout.largest_block * recipe.columns_delivered(form)
+    elif delivery == "rows":
+        elements += layout.largest_block * form.n
+    for each in recipe.rounds(form, refresh=True):
+        if isinstance(each, Whole):
+            elements += 2 * layout.largest_block * each.columns
+        else:
+            elements += 2 * (each.elements if isinstance(each, Sum) else each)
+    return elements * matrix.dtype.itemsize
 
 
 def scratch_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:

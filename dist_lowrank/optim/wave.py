@@ -8,8 +8,10 @@ apply             W <- (1 - lr wd) W - lr scale direction D[:, I]^T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +25,19 @@ from dist_lowrank.optim.dense import local_gradients
 from dist_lowrank.optim.recipe import SCALES, Recipe, Update
 from dist_lowrank.optim.rounding import RandomBits, RowNoise, store_weight
 from dist_lowrank.optim.subspace import Place
-from dist_lowrank.optim.transient import held_bytes, whole_columns
+from dist_lowrank.optim.transient import held_bytes, in_flight_bytes, owned_bytes, sent_bytes, whole_columns
 from dist_lowrank.sharding.exchanged import Delivered, FlatRows
 from dist_lowrank.sharding.layouts import TallForm, local
 from dist_lowrank.sharding.rounds import Task, ranks_that_differ, run_rounds
 from dist_lowrank.sharding.transport import exchange_updates, fetch_rows, gather_coefficients
+from dist_lowrank.sharding.turns import Activity, Turns, at_once, finish
 
 Job = tuple[BoundMatrix, Recipe]
+
+# Waves that are there only so that one computes while another sends: all but a quarter of what is sent can be hidden,
+# and a wave's own latency is little beside the time that this many bytes take.
+MOST_WAVES = 4
+LEAST_SENT_BYTES = 4 * 2**20  # by a rank
 
 
 def cut_waves(jobs: Sequence[Job], workspace_bytes: int) -> Iterator[list[Job]]:
@@ -38,25 +46,52 @@ def cut_waves(jobs: Sequence[Job], workspace_bytes: int) -> Iterator[list[Job]]:
     Matrices go in lockstep for what ranks send each other, or for what is computed in one call. Where there is neither
     the pieces of a parameter, which share its gradient, are a wave, so that caches still hold what the weights need.
     Decided from what all ranks know, so all cut alike.
+
+    Of what ranks send each other, two waves fit the workspace if one does not take all: while the collectives of one
+    are under way, the other computes. Where one would take all there are several only if they send much.
     """
-    together: dict[Tensor | None, list[Job]] = {}
+    together: dict[Tensor | str, list[Job]] = {}
     for matrix, recipe in jobs:
-        in_lockstep = matrix.layout.group is not None or whole_columns(recipe, matrix.layout.form) > 0
-        together.setdefault(None if in_lockstep else matrix.parameter, []).append((matrix, recipe))
-    for members in together.values():
+        sends = matrix.layout.group is not None
+        in_one_call = whole_columns(recipe, matrix.layout.form) > 0
+        key = "sent" if sends else "in one call" if in_one_call else matrix.parameter
+        together.setdefault(key, []).append((matrix, recipe))
+    for key, members in together.items():
         if len(members) == 1:  # a wave, whatever it holds
             yield members
             continue
+        held = [held_bytes(*job) for job in members]
+        sent = [sent_bytes(*job) for job in members] if key == "sent" else [0] * len(members)
+        most_held_bytes, enough_sent_bytes = workspace_bytes, math.inf
+        if key == "sent":
+            most_held_bytes, enough_sent_bytes = _for_overlap(members, held, sum(sent), workspace_bytes)
         wave: list[Job] = []
-        used_bytes = 0
-        for matrix, recipe in members:
-            needed_bytes = held_bytes(matrix, recipe)
-            if wave and used_bytes + needed_bytes > workspace_bytes:
+        wave_held_bytes = wave_sent_bytes = 0
+        for job, job_held_bytes, job_sent_bytes in zip(members, held, sent, strict=True):
+            if wave and (wave_held_bytes + job_held_bytes > most_held_bytes or wave_sent_bytes >= enough_sent_bytes):
                 yield wave
-                wave, used_bytes = [], 0
-            wave.append((matrix, recipe))
-            used_bytes += needed_bytes
+                wave, wave_held_bytes, wave_sent_bytes = [], 0, 0
+            wave.append(job)
+            wave_held_bytes += job_held_bytes
+            wave_sent_bytes += job_sent_bytes
         yield wave
+
+
+def _for_overlap(
+    members: Sequence[Job], held: Sequence[int], all_sent_bytes: int, workspace_bytes: int
+) -> tuple[int, float]:
+    """What a wave may hold at most, and what it sends at least before the next one begins.
+
+    Matrices that owners compute are cut only where each rank has two in each wave: else some would wait for others.
+    """
+    owned = [owned_bytes(*job) for job in members]
+    at_least = 2 * members[0][0].layout.group_size if any(owned) else 0  # matrices
+    most_held_bytes = workspace_bytes
+    if sum(held) > workspace_bytes:
+        half_bytes = workspace_bytes // 2 - max(owned)
+        most_held_bytes = half_bytes if half_bytes >= at_least * max(held) else workspace_bytes
+    count = min(MOST_WAVES, all_sent_bytes // LEAST_SENT_BYTES, len(members) // max(1, at_least))
+    return most_held_bytes, all_sent_bytes / count if count > 1 else math.inf
 
 
 @contextmanager
@@ -76,14 +111,27 @@ def count_steps(jobs: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
         counter.add_(1)
 
 
-def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]], cache: DictionaryCache) -> None:
-    """Updates the matrices of a wave. Collective over the ranks that share them."""
+def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]], cache: DictionaryCache) -> Activity:
+    """Updates the matrices of a wave. Collective over the ranks that share them.
+
+    Of a stack that is divided ranks have different matrices, whose rules may yield a different number of times; so
+    such a wave waits for its collectives in one turn.
+    """
+    turns = _turns_of_update(wave, state, cache)
+    if any(matrix.piece.stack is not None and matrix.piece.stack.mesh_axis is not None for matrix, _ in wave):
+        turns = at_once(partial(finish, turns))
+    return Activity(turns, partial(in_flight_bytes, wave))
+
+
+def _turns_of_update(
+    wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]], cache: DictionaryCache
+) -> Turns[None]:
     # Also of matrices that other ranks hold: this can be collective.
     by_parameter = local_gradients([(matrix.parameter, matrix.piece) for matrix, _ in wave])
     wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
     layouts = [matrix.layout for matrix, _ in wave]
     gradients = [matrix.piece.view(by_parameter[matrix.parameter]) for matrix, _ in wave]
-    rows = fetch_rows(layouts, gradients, [recipe.operands(matrix.dtype) for matrix, recipe in wave])
+    rows = yield from fetch_rows(layouts, gradients, [recipe.operands(matrix.dtype) for matrix, recipe in wave])
     tasks, random = [], []
     for index, (matrix, recipe) in enumerate(wave):
         own = matrix.state(state[matrix.parameter])
@@ -102,13 +150,13 @@ def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
         for (matrix, recipe), block, gradient, delivery in zip(wave, rows, gradients, deliveries, strict=True)
     ]
     del by_parameter, gradients, rows
-    updates = run_rounds(tasks)
-    shares = gather_coefficients(layouts, [_share(update) for update in updates], deliveries)
+    updates = yield from run_rounds(tasks)
+    shares = yield from gather_coefficients(layouts, [_share(update) for update in updates], deliveries)
     lifted = [
         _lift(update, matrix, recipe, source) if "rows" in delivery else update.direction
         for update, (matrix, recipe), source, delivery in zip(updates, wave, made_of, deliveries, strict=True)
     ]
-    arrived = exchange_updates(layouts, lifted, deliveries)
+    arrived = yield from exchange_updates(layouts, lifted, deliveries)
     for index, (matrix, recipe) in enumerate(wave):
         update, layout = updates[index], matrix.layout
         if update.choice is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dist_lowrank.sharding.layouts import Layout, chunk_range
 from dist_lowrank.sharding.rule import OnOwner, Result, Rule
+from dist_lowrank.sharding.turns import Turns
 
 
 @dataclass(slots=True)
@@ -30,7 +31,7 @@ class Task(Generic[Result]):
     layout: Layout
 
 
-def run_rounds(tasks: Sequence[Task[Result]]) -> list[Result]:
+def run_rounds(tasks: Sequence[Task[Result]]) -> Turns[list[Result]]:
     """Runs all rules to their end; returns their results in order."""
     results: list[Any] = [None] * len(tasks)
     yielded: dict[int, Tensor | OnOwner] = {}
@@ -48,8 +49,8 @@ def run_rounds(tasks: Sequence[Task[Result]]) -> list[Result]:
         waiting, yielded = yielded, {}
         partials = {index: each for index, each in waiting.items() if isinstance(each, Tensor)}
         requests = {index: each for index, each in waiting.items() if isinstance(each, OnOwner)}
-        totals = _sum_fused([(tasks[index].layout.group, each) for index, each in partials.items()])
-        computed = _on_owners([(tasks[index].layout, each) for index, each in requests.items()])
+        totals = yield from _sum_fused([(tasks[index].layout.group, each) for index, each in partials.items()])
+        computed = yield from _on_owners([(tasks[index].layout, each) for index, each in requests.items()])
         answers = dict(zip([*partials, *requests], [*totals, *computed], strict=True))
         del partials, requests, totals, computed
         for index in waiting:
@@ -57,16 +58,21 @@ def run_rounds(tasks: Sequence[Task[Result]]) -> list[Result]:
     return results
 
 
-def _sum_fused(requests: Sequence[tuple[dist.ProcessGroup | None, Tensor]]) -> list[Tensor]:
+def _sum_fused(requests: Sequence[tuple[dist.ProcessGroup | None, Tensor]]) -> Turns[list[Tensor]]:
     """Sums each tensor over its group, one all-reduce per (group, dtype, device)."""
     totals = [partial for _, partial in requests]
     fused: dict[tuple[Any, torch.dtype, torch.device], list[int]] = {}
     for index, (group, partial) in enumerate(requests):
         if group is not None:
             fused.setdefault((group, partial.dtype, partial.device), []).append(index)
-    for (group, _, _), members in fused.items():
-        buffer = torch.cat([totals[index].reshape(-1) for index in members])
-        dist.all_reduce(buffer, group=group)
+    if not fused:
+        return totals
+    buffers = [torch.cat([totals[index].reshape(-1) for index in members]) for members in fused.values()]
+    yield [
+        dist.all_reduce(buffer, group=group, async_op=True)
+        for buffer, (group, _, _) in zip(buffers, fused, strict=True)
+    ]
+    for buffer, members in zip(buffers, fused.values(), strict=True):
         sizes = [totals[index].numel() for index in members]
         for index, total in zip(members, torch.split(buffer, sizes), strict=True):
             totals[index] = total.view(totals[index].shape)
@@ -93,7 +99,7 @@ def owners(costs: Sequence[float], ranks: int) -> list[int]:
     return chosen
 
 
-def _on_owners(requests: Sequence[tuple[Layout, OnOwner]]) -> list[Tensor]:
+def _on_owners(requests: Sequence[tuple[Layout, OnOwner]]) -> Turns[list[Tensor]]:
     """Sends all rows of each matrix to its owner, computes there, and returns to each rank its rows."""
     results = [request.rows for _, request in requests]
     channels: dict[tuple[Any, torch.dtype, torch.device], list[int]] = {}
@@ -101,12 +107,15 @@ def _on_owners(requests: Sequence[tuple[Layout, OnOwner]]) -> list[Tensor]:
         channels.setdefault((layout.group, request.rows.dtype, request.rows.device), []).append(index)
     for (group, _, _), members in channels.items():
         layouts, matrices = [requests[index][0] for index in members], [requests[index][1] for index in members]
-        for index, result in zip(members, _computed(layouts, matrices, group), strict=True):
+        computed = yield from _computed(layouts, matrices, group)
+        for index, result in zip(members, computed, strict=True):
             results[index] = result
     return results
 
 
-def _computed(layouts: Sequence[Layout], requests: Sequence[OnOwner], group: dist.ProcessGroup | None) -> list[Tensor]:
+def _computed(
+    layouts: Sequence[Layout], requests: Sequence[OnOwner], group: dist.ProcessGroup | None
+) -> Turns[list[Tensor]]:
     if group is None:
         return _in_batches([request.rows for request in requests], [request.compute for request in requests])
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -115,7 +124,7 @@ def _computed(layouts: Sequence[Layout], requests: Sequence[OnOwner], group: dis
     mine = [index for index, each in enumerate(owner) if each == rank]
     nothing = [(0, 0)] * ranks
     owned = [layout.owned_by_rank() for layout in layouts]
-    arrived = exchange(
+    arrived = yield from exchange(
         [
             _to_one(request.rows[layout.owned], each, ranks)
             for layout, request, each in zip(layouts, requests, owner, strict=True)
@@ -128,7 +137,7 @@ def _computed(layouts: Sequence[Layout], requests: Sequence[OnOwner], group: dis
     made = dict(zip(mine, _in_batches(whole, [requests[index].compute for index in mine]), strict=True))
     del whole
     held = [layout.rows_by_rank() for layout in layouts]
-    returned = exchange(
+    returned = yield from exchange(
         [
             [made[index][start:stop] for start, stop in held[index]] if index in made else [request.rows[:0]] * ranks
             for index, request in enumerate(requests)
@@ -164,7 +173,7 @@ def _in_batches(matrices: Sequence[Tensor], computes: Sequence[Callable[[Tensor]
     return results
 
 
-def gather_rows(blocks: Sequence[tuple[Tensor, int]], group: dist.ProcessGroup) -> list[Tensor]:
+def gather_rows(blocks: Sequence[tuple[Tensor, int]], group: dist.ProcessGroup) -> Turns[list[Tensor]]:
     """Gathers row blocks of several matrices in one collective.
 
     Args:
@@ -181,7 +190,7 @@ def gather_rows(blocks: Sequence[tuple[Tensor, int]], group: dist.ProcessGroup) 
         padded.append(torch.nn.functional.pad(block, (0, 0, 0, largest - block.shape[0])).reshape(-1))
     sent = torch.cat(padded)
     received = [torch.empty_like(sent) for _ in range(world_size)]
-    dist.all_gather(received, sent, group=group)
+    yield [dist.all_gather(received, sent, group=group, async_op=True)]
     sizes = [part.numel() for part in padded]
     pieces = [torch.split(part, sizes) for part in received]  # [rank][matrix]
     gathered = []
@@ -196,7 +205,7 @@ def gather_rows(blocks: Sequence[tuple[Tensor, int]], group: dist.ProcessGroup) 
 
 def exchange(
     outgoing: Sequence[Sequence[Tensor]], incoming_shapes: Sequence[Sequence[tuple[int, ...]]], group: dist.ProcessGroup
-) -> list[list[Tensor]]:
+) -> Turns[list[list[Tensor]]]:
     """Sends pieces of several matrices between all ranks in one all-to-all.
 
     Args:
@@ -211,13 +220,15 @@ def exchange(
     sent = torch.cat([piece for pieces in sent_by_rank for piece in pieces])
     sizes = [[math.prod(shapes[rank]) for shapes in incoming_shapes] for rank in range(world_size)]
     received = sent.new_empty(sum(map(sum, sizes)))
-    dist.all_to_all_single(
+    work = dist.all_to_all_single(
         received,
         sent,
         output_split_sizes=list(map(sum, sizes)),
         input_split_sizes=[sum(piece.numel() for piece in pieces) for pieces in sent_by_rank],
         group=group,
+        async_op=True,
     )
+    yield [work]
     pieces = iter(torch.split(received, [size for by_matrix in sizes for size in by_matrix]))
     arrived: list[list[Tensor]] = [[] for _ in outgoing]
     for rank in range(world_size):

@@ -15,9 +15,12 @@ from torch import Tensor
 from dist_lowrank.sharding.exchanged import Delivered, Exchanged
 from dist_lowrank.sharding.layouts import Layout, RowBlock
 from dist_lowrank.sharding.rounds import exchange, gather_rows
+from dist_lowrank.sharding.turns import Turns
 
 
-def fetch_rows(layouts: Sequence[Layout], gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+def fetch_rows(
+    layouts: Sequence[Layout], gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> Turns[list[Tensor]]:
     """This rank's rows of each matrix, (stop - start, n), in these dtypes; views where possible."""
     rows = [
         layout.rows(gradient) if isinstance(layout, RowBlock) else gradient.to(sent_dtype(gradient.dtype, dtype))
@@ -25,7 +28,7 @@ def fetch_rows(layouts: Sequence[Layout], gradients: Sequence[Tensor], dtypes: S
     ]
     exchanged = {index: layout for index, layout in enumerate(layouts) if isinstance(layout, Exchanged)}
     for group, members in _channels({k: layout for k, layout in exchanged.items() if layout.exchanges}, rows):
-        incoming = exchange(
+        incoming = yield from exchange(
             [exchanged[index].outgoing(rows[index]) for index in members],
             [exchanged[index].incoming_shapes() for index in members],
             group,
@@ -47,20 +50,21 @@ def sent_dtype(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
 
 def gather_coefficients(
     layouts: Sequence[Layout], directions: Sequence[Tensor], deliveries: Sequence[str]
-) -> list[Tensor]:
+) -> Turns[list[Tensor]]:
     """Completes directions, (stop - start, r) to (L, r), where coefficients are delivered."""
     complete = list(directions)
     gathered = {k: layout for k, layout in enumerate(layouts) if deliveries[k] == "coefficients"}
     for group, members in _channels(gathered, directions):
         blocks = [(directions[index], gathered[index].form.rows) for index in members]
-        for index, whole in zip(members, gather_rows(blocks, group), strict=True):
+        wholes = yield from gather_rows(blocks, group)
+        for index, whole in zip(members, wholes, strict=True):
             complete[index] = whole
     return complete
 
 
 def exchange_updates(
     layouts: Sequence[Layout], lifted: Sequence[Tensor], deliveries: Sequence[str]
-) -> dict[int, list[Tensor]]:
+) -> Turns[dict[int, list[Tensor]]]:
     """What came from each rank for this rank's part of the weights, where rows are delivered; by matrix."""
     delivered = {
         index: layout
@@ -69,7 +73,7 @@ def exchange_updates(
     }
     arrived: dict[int, list[Tensor]] = {}
     for group, members in _channels(delivered, lifted):
-        incoming = exchange(
+        incoming = yield from exchange(
             [delivered[index].outgoing_update(lifted[index]) for index in members],
             [delivered[index].incoming_update_shapes() for index in members],
             group,

@@ -24,6 +24,7 @@ from dist_lowrank.optim.given import GivenParameters
 from dist_lowrank.sharding.flat_slices import FlatSlice
 from dist_lowrank.sharding.layouts import LayoutError
 from dist_lowrank.sharding.rounds import exchange
+from dist_lowrank.sharding.turns import finish
 from dist_lowrank.strategies.deepspeed import flat_tensors
 from dist_lowrank.strategies.flat_claims import FlatTensor
 
@@ -226,7 +227,7 @@ def _whole_rows(runs: list[Run], group: dist.ProcessGroup) -> dict[str, Shard]:
         arriving = [_overlap((each.start, each.stop), wanted[rank]) for each in slices]
         shapes.append([(stop - start,) for start, stop in arriving])
     assert all(len(pieces) == ranks for pieces in outgoing)
-    arrived = exchange(outgoing, shapes, group)
+    arrived = finish(exchange(outgoing, shapes, group))
     return {
         name: _block(torch.cat(pieces), slices[rank].shape, _rows(slices[rank], touched=False)[0])
         for (name, _, slices), pieces in zip(runs, arrived, strict=True)
