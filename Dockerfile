@@ -59,6 +59,8 @@ COPY --from=requirements /build/requirements.txt ./
 COPY constraints.txt ./
 # Where the CPU build of torch is. Empty: the index or the folder of pip.conf has it.
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+# pip's cache is mounted, and in no layer.
+# hadolint ignore=DL3042
 RUN --mount=type=cache,target=/cache/build/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_bundle \
@@ -90,6 +92,8 @@ USER 1000:1000
 FROM builder AS dependencies-cuda
 COPY --from=requirements /build/requirements.txt ./
 COPY constraints.txt ./
+# pip's cache is mounted, and in no layer.
+# hadolint ignore=DL3042
 RUN --mount=type=cache,target=/cache/build/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_bundle \
