@@ -22,10 +22,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b`, (m, k) by (k, n) to (m, n), any strides; the result may be the transpose of a contiguous tensor."""
     if not _by_onednn(a, b):
         return a @ b
-    if a.is_contiguous():
-        return _linear(a, b.t())
-    if b.t().is_contiguous():  # of the left side: its rows are the columns of a contiguous tensor
-        return _linear(b.t(), a).t()
+    if a.stride(0) < a.stride(1):  # as rows of the left side lie
+        return _linear(b.t().contiguous(), a).t()
     return _linear(a.contiguous(), b.t())
 
 
@@ -34,7 +32,7 @@ def add_product(target: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: flo
     if not _by_onednn(a, b):
         target.addmm_(a, b, beta=beta, alpha=alpha)
         return
-    if not target.is_contiguous() and target.t().is_contiguous():
+    if target.stride(0) < target.stride(1):
         target, a, b = target.t(), b.t(), a.t()
     rows, columns = target.shape
     blocks = -(-rows * columns // BLOCK_ELEMENTS)
@@ -50,7 +48,8 @@ def add_product(target: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: flo
 def _linear(x: Tensor, w: Tensor) -> Tensor:
     """`x @ w^T`, (m, k) by (n, k) to (m, n); x contiguous."""
     if not (w.is_contiguous() or w.t().is_contiguous()):
-        w = w.contiguous()  # oneDNN has a kernel for either, and for gaps between rows one that is slower by thousands
+        # oneDNN has kernels for these two, and for gaps between rows one that is slower by thousands.
+        w = w.t().contiguous().t() if w.stride(0) < w.stride(1) else w.contiguous()
     result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, w, None, "none", [], "")
     return result
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dist_lowrank.kernels import products
 from dist_lowrank.kernels.adam import adam_direction
 from dist_lowrank.optim.options import check_betas, check_choice, check_count, check_number
 from dist_lowrank.optim.rounding import RowNoise
@@ -194,14 +195,14 @@ class NewtonSchulz:
         product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / norm
         for done in range(self.steps):
             if done and done % _STEPS_PER_GRAM == 0:
-                coefficients = coefficients @ product
+                coefficients = products.product(coefficients, product)
                 gram = yield coefficients[owned].t() @ coefficients[owned]
                 product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
             polynomial.diagonal().add_(a)  # a I + b G + c G^2
             product = product @ polynomial
             gram = polynomial @ gram @ polynomial
-        return coefficients @ product
+        return products.product(coefficients, product)
 
     def write(self, moments: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: RowNoise) -> None:
         pass

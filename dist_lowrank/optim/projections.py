@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dist_lowrank.kernels import products
 from dist_lowrank.optim.options import check_choice, check_count, check_number
 from dist_lowrank.optim.rounding import RandomBits, positions_of
 from dist_lowrank.optim.state import StateTensor
@@ -39,18 +40,18 @@ class Projection:
     vectors: Tensor
 
     def take(self, coordinates: Tensor) -> Tensor:
-        return coordinates @ self.vectors
+        return self.project(coordinates)
 
     def project(self, rows: Tensor) -> Tensor:
-        return rows @ self.vectors
+        return products.product(rows, self.vectors).contiguous()
 
     def replace(self, coordinates: Tensor, coefficients: Tensor, keep: float) -> None:
-        coordinates.addmm_(coefficients, self.vectors.t(), alpha=keep - 1)
+        products.add_product(coordinates, coefficients, self.vectors.t(), beta=1, alpha=keep - 1)
 
     def add_lifted(
         self, target: Tensor, coefficients: Tensor, *, decay: float, scale: float, columns: slice = slice(None)
     ) -> None:
-        target.addmm_(coefficients, self.vectors[columns].t(), beta=decay, alpha=scale)
+        products.add_product(target, coefficients, self.vectors[columns].t(), beta=decay, alpha=scale)
 
     def change_from(self, previous: Projection) -> Rotation:
         return Rotation(previous.vectors, self.vectors)
