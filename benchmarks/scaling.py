@@ -8,14 +8,17 @@ for each parameter. At a fraction of n they multiply more for each the wider the
 to, where products take all of the time, stands below.
 
 **With the processes**, at a fixed shard: every rank holds as many parameters however many ranks there are, since the
-model has more layers and a larger vocabulary. Two processes on their own, that know nothing of each other, tell what
-sharing the machine costs. With four processes there are more than cores, so that only processor time and bytes count.
+model is wider (more heads, a longer intermediate axis: a rank's pieces of its matrices stay what they are) or deeper
+(more layers: it has thinner pieces of more matrices), with a larger vocabulary. Two processes on their own, that know
+nothing of each other, tell what sharing the machine costs. With four processes there are more than cores, so that only
+processor time and bytes count.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import math
 import statistics
 import sys
@@ -53,9 +56,13 @@ STEPS = {
 KINDS = {"ordinary": (NEVER,), "refresh": ()}  # of the second table; n/4
 GROUPS = ((1, False), (2, True), (2, False), (4, False))  # processes, and whether each is on its own
 SHORT_GROUPS = GROUPS[::2]
-# A shard: two layers as of llama_60m, and a part of the vocabulary.
-SHARD = ("model=llama_60m", "data.vocab_size=320")
-LAYERS, WORDS = 2, 2048
+# A shard: two layers as of llama_60m, and a part of the vocabulary. What each process adds to the model:
+SHARD = ("model=llama_60m", "data.vocab_size=320", "model.config.head_dim=64", "model.config.num_hidden_layers=2")
+WORDS = {"vocab_size": 2048}
+GROWTHS = {
+    "wider": {"num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 1376, **WORDS},
+    "deeper": {"num_hidden_layers": 2, **WORDS},
+}
 
 
 @dataclass(frozen=True)
@@ -139,9 +146,9 @@ class OnRank:
     parameters: int  # of its shard
 
 
-def config_of(processes: int, overrides: Sequence[str], short: bool) -> RunConfig:
-    size = [f"model.config.num_hidden_layers={LAYERS * processes}", f"model.config.vocab_size={WORDS * processes}"]
-    small = ["model.config.hidden_size=64", "model.config.intermediate_size=176"] if short else []
+def config_of(growth: str, processes: int, overrides: Sequence[str], short: bool) -> RunConfig:
+    size = [f"model.config.{key}={each * processes}" for key, each in GROWTHS[growth].items()]
+    small = ["model.config.hidden_size=64"] if short else []
     return compose([*SHARD, *size, *small, "strategy=fsdp", *overrides])
 
 
@@ -181,22 +188,22 @@ def times_of_processes(options: argparse.Namespace) -> list[str]:
         f"DCT-AdamW at n/4 under FSDP2, a thread for each process; milliseconds, median (least to most) of "
         f"{options.repeats}. Elapsed is that of the slowest rank, processor time that of all ranks.",
         "",
-        "| step | processes | parameters per rank | elapsed | processor, per rank | bytes per rank |",
-        "|---|---|---|---|---|---|",
+        "| step | model | processes | parameters per rank | elapsed | processor, per rank | bytes per rank |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for kind, overrides in list(KINDS.items())[-1 if options.short else 0 :]:
-        for processes, alone in SHORT_GROUPS if options.short else GROUPS:
-            config = config_of(1 if alone else processes, overrides, options.short)
-            arguments = (config, options.repeats)
-            ranks = run_on_ranks(processes, measure, *arguments, timeout_seconds=200, distributed=not alone)
-            slowest = Times([max(step) for step in zip(*(each.elapsed.all for each in ranks), strict=True)])
-            processor = Times([time for each in ranks for time in each.processor.all])
-            shown = "2, each on its own" if alone else str(processes)
-            elapsed = str(slowest) if processes <= 2 else ""
-            sent = f"{max(each.bytes for each in ranks):,}"
-            parameters = f"{max(each.parameters for each in ranks):,}"
-            lines.append(f"| {kind} | {shown} | {parameters} | {elapsed} | {processor} | {sent} |")
-            print(lines[-1], flush=True)
+    kinds, groups = (list(KINDS)[-1:], SHORT_GROUPS) if options.short else (list(KINDS), GROUPS)
+    for kind, growth, (processes, alone) in itertools.product(kinds, GROWTHS, groups):
+        config = config_of(growth, 1 if alone else processes, KINDS[kind], options.short)
+        arguments = (config, options.repeats)
+        ranks = run_on_ranks(processes, measure, *arguments, timeout_seconds=200, distributed=not alone)
+        slowest = Times([max(step) for step in zip(*(each.elapsed.all for each in ranks), strict=True)])
+        processor = Times([time for each in ranks for time in each.processor.all])
+        shown = "2, each on its own" if alone else str(processes)
+        elapsed = str(slowest) if processes <= 2 else ""
+        sent = f"{max(each.bytes for each in ranks):,}"
+        parameters = f"{max(each.parameters for each in ranks):,}"
+        lines.append(f"| {kind} | {growth} | {shown} | {parameters} | {elapsed} | {processor} | {sent} |")
+        print(lines[-1], flush=True)
     return lines
 
 

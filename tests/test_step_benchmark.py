@@ -65,9 +65,10 @@ def test_the_short_form_of_scaling_counts_bytes_and_fits_exponents() -> None:
     exponents = next(row[2:] for row in rows if row[0] == "exponent")
     assert len(exponents) == 5
     assert all(map(math.isfinite, map(float, exponents)))
-    one, two = (int(row[-1].replace(",", "")) for row in rows if row[0] == "refresh")
-    assert one == 0  # with no one to send to
-    assert two == 4 * 2 * 2 * 7 * 64  # 4 bytes, 2 layers for each of 2 processes, 7 matrices, n = 64
+    sent = {(row[1], row[2]): int(row[-1].replace(",", "")) for row in rows if row[0] == "refresh"}
+    assert sent["wider", "1"] == sent["deeper", "1"] == 0  # with no one to send to
+    assert sent["wider", "2"] == 4 * 2 * 7 * 64  # 4 bytes, 2 layers, 7 matrices, n = 64
+    assert sent["deeper", "2"] == 2 * sent["wider", "2"]
 
 
 def test_the_short_form_of_whole_steps_tells_tokens_and_the_part_of_the_optimizer() -> None:
