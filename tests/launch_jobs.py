@@ -84,7 +84,7 @@ def golden_job(case: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Job[
         launcher=config.launcher,
         run="runs/llama_tiny-dct_adamw-0123456789ab",
         attempt=1,
-        work_directory="/data/me/work",
+        work_directory="/data/me/proj",
         python="/data/me/venv/bin/python",
         user="1000:1000",
     )

@@ -7,6 +7,7 @@ program whose environment names a hub on loopback.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import socket
 import subprocess
@@ -16,27 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_data
 import torch
 from fake_hub import FakeHub, client_environment, write_c4, write_fineweb_edu
 
 from dist_lowrank.config import compose
 from dist_lowrank.config.schema import CorpusData, HubData
-from dist_lowrank.training.data import Data, check_data, load_data
+from dist_lowrank.training.data import Data, check_data
 from dist_lowrank.training.data.corpus import open_corpus
 
 DOCUMENTS = 203  # odd, so that they do not divide among ranks
 HELD_OUT = 10
-
-
-def load(config: HubData, *, seed=0, rank=0, world_size=1, global_batch_size=2, micro_batch_size=1) -> Data:
-    return load_data(
-        config,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-    )
+load = functools.partial(small_data.load, global_batch_size=2, micro_batch_size=1)
 
 
 def read_epochs(data: Data, epochs: int) -> list[str]:
