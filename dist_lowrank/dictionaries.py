@@ -13,7 +13,7 @@ at n = 4096. The same table gives any few columns on the fly, so the matrix itse
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -239,12 +239,20 @@ class Dictionary:
             return self._fast(rows)
         return self._times(rows, self.atoms.t())
 
-    def project(self, rows: Tensor, indices: Tensor) -> Tensor:
-        """Coordinates on the chosen candidates alone: `rows @ D[:, indices]`, (L, n) -> (L, r)."""
+    def chosen(self, indices: Tensor) -> Tensor | None:
+        """`D[:, indices]^T`, (r, n), for `project` and `add_lifted` to share; None where no matrix is kept."""
+        return None if self._atoms is None else self._atoms.index_select(0, indices)
+
+    def project(self, rows: Tensor, indices: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Coordinates on the chosen candidates alone: `rows @ D[:, indices]`, (L, n) -> (L, r).
+
+        Args:
+            chosen: what `chosen` returned for these indices, if it was asked.
+        """
         rows = rows.to(self.operands)
         if self.name == "identity":
             return rows.index_select(1, indices)
-        parts = [self._times(rows, atoms.t()) for _, atoms in self._atoms_in_blocks(indices)]
+        parts = [self._times(rows, atoms.t()) for _, atoms in self._atoms_in_blocks(indices, chosen)]
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _times(self, rows: Tensor, matrix: Tensor) -> Tensor:
@@ -262,11 +270,13 @@ class Dictionary:
         decay: float,
         scale: float,
         columns: slice = slice(None),
+        chosen: Tensor | None = None,
     ) -> None:
         """In place: `target = decay * target + scale * (coefficients @ D[:, indices]^T)[:, columns]`.
 
         Args:
             target: (L, width of `columns`), of the products' dtype, or of a narrower one of the operands.
+            chosen: as for `project`.
         """
         if self.name == "identity":
             start, stop, _ = columns.indices(self.n)
@@ -275,23 +285,26 @@ class Dictionary:
                 coefficients, indices = coefficients[:, inside], indices[inside] - start
             target.mul_(decay).index_add_(1, indices, coefficients, alpha=scale)
             return
-        for part, atoms in self._atoms_in_blocks(indices):
+        for part, atoms in self._atoms_in_blocks(indices, chosen):
             beta = decay if part.start == 0 else 1
+            factors = coefficients if atoms.shape[0] == coefficients.shape[1] else coefficients[:, part]
+            atoms = atoms if target.shape[1] == self.n else atoms[:, columns]
             if self.operands == self.dtype:
-                products.add_product(target, coefficients[:, part], atoms[:, columns], beta=beta, alpha=scale)
+                products.add_product(target, factors, atoms, beta=beta, alpha=scale)
             else:
-                narrow = coefficients[:, part].to(self.operands)
-                narrow_products.add_product(target, narrow, atoms[:, columns], beta=beta, alpha=scale)
+                narrow_products.add_product(target, factors.to(self.operands), atoms, beta=beta, alpha=scale)
 
-    def _atoms_in_blocks(self, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _atoms_in_blocks(self, indices: Tensor, chosen: Tensor | None) -> Iterable[tuple[slice, Tensor]]:
         """`D[:, indices[part]]^T` for the parts that make up the indices; one part if the matrix is there."""
         if self._formula is None:
-            yield slice(0, len(indices)), self.atoms.index_select(0, indices)
-            return
+            return [(slice(0, len(indices)), self.atoms.index_select(0, indices) if chosen is None else chosen)]
+        return self._atoms_by_formula(self._formula, indices)
+
+    def _atoms_by_formula(self, formula: _Formula, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
         width = max(1, min(BLOCK_ELEMENTS // self.n, self.n // 2))
         for start in range(0, len(indices), width):
             part = slice(start, start + width)
-            yield part, self._formula.atoms(indices[part])
+            yield part, formula.atoms(indices[part])
 
 
 class LearnedDictionary(Dictionary):
@@ -325,11 +338,20 @@ class DictionaryCache:
         precision: str = "fp32",
     ) -> Dictionary:
         seed = seed if name == "random" else 0
-        options = {"seed": seed, "transform": transform, "materialize": materialize, "precision": precision}
-        key = (name, n, dtype, device, *options.values())
-        if key not in self._dictionaries:
-            self._dictionaries[key] = Dictionary(name, n, dtype=dtype, device=device, **options)  # type: ignore[arg-type]
-        return self._dictionaries[key]
+        key = (name, n, dtype, device, seed, transform, materialize, precision)
+        found = self._dictionaries.get(key)
+        if found is None:
+            found = self._dictionaries[key] = Dictionary(
+                name,
+                n,
+                dtype=dtype,
+                device=device,
+                seed=seed,
+                transform=transform,
+                materialize=materialize,
+                precision=precision,
+            )
+        return found
 
     def tensors(self) -> list[Tensor]:
         """All that the dictionaries hold."""

@@ -14,23 +14,24 @@ def adam_direction(
     """Moves the moments in place and returns `(m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)`.
 
     Args:
-        coefficients: any shape, float32 or float64; not modified.
+        coefficients: any shape, float32 or float64; may be overwritten by the result.
         mean, square: the moments, of the same shape and dtype.
-        step: t, from 1; a tensor () on the device, float32, if the host does not know it.
+        step: t, from 1; or a tensor () on the device, float32.
     """
     beta1, beta2 = betas
     tensors = (coefficients, mean, square)
     fused = coefficients.device.type in _FUSED_DEVICES and all(each.is_contiguous() for each in tensors)
     if not fused or torch.compiler.is_compiling():  # which fuses by itself, and cannot trace the kernel
+        step = step.double() if isinstance(step, Tensor) else step
         mean.lerp_(coefficients, 1 - beta1)
         square.mul_(beta2).addcmul_(coefficients, coefficients, value=1 - beta2)
         return (mean / (1 - beta1**step)).div_((square / (1 - beta2**step)).sqrt_().add_(eps))
-    # What AdamW adds to weights of zero without decay, at a learning rate of -1, is the direction. Eight passes and
-    # three temporaries less; the kernel reads the step on the device, so that nobody waits for it.
-    direction = torch.zeros_like(coefficients)
+    # AdamW on the coefficients as weights and gradients at once: with -1 for learning rate and decay, weights decay to
+    # nothing, and what is added to them is the direction. Eight passes and all temporaries less; the kernel reads the
+    # step on the device, so that nobody waits for it.
     count = step if isinstance(step, Tensor) else torch.full((), float(step), device=coefficients.device)
     torch._fused_adamw_(
-        [direction],
+        [coefficients],
         [coefficients],
         [mean],
         [square],
@@ -39,9 +40,9 @@ def adam_direction(
         lr=-1.0,
         beta1=beta1,
         beta2=beta2,
-        weight_decay=0.0,
+        weight_decay=-1.0,
         eps=eps,
         amsgrad=False,
         maximize=False,
     )
-    return direction
+    return coefficients

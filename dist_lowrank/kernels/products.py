@@ -37,12 +37,10 @@ def add_product(target: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: flo
     rows, columns = target.shape
     blocks = -(-rows * columns // BLOCK_ELEMENTS)
     size = -(-rows // blocks)
-    a, b = a.contiguous(), b.t()
+    a, b = a.contiguous() * alpha, b.t()  # so that one pass over the target does the rest
     for start in range(0, rows, size):
         part = target[start : start + size]
-        if beta != 1:
-            part.mul_(beta)
-        part.add_(_linear(a[start : start + size], b), alpha=alpha)
+        torch.add(_linear(a[start : start + size], b), part, alpha=beta, out=part)
 
 
 def _linear(x: Tensor, w: Tensor) -> Tensor:

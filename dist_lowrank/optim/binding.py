@@ -57,8 +57,10 @@ class BoundMatrix:
         """Whether this rank has a share of it; always, but for the matrices of a stack that others hold."""
         return self.piece.stack is None or self.piece.stack.present
 
-    def state(self, of_parameter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's tensors of this matrix, out of the state of its parameter."""
+    def state(self, of_parameter: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """This rank's tensors of this matrix, and of plain parameters perhaps others, out of their state."""
+        if self.piece.whole and self.layout.mesh is None:
+            return of_parameter
         own = {key: local(of_parameter[self.piece.prefix + key]) for key in ("step", *self.specs)}
         stack = self.piece.stack
         if stack is None:

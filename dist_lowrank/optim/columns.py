@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -78,7 +78,7 @@ class DictionaryColumns:
 
     def basis(self, place: Place, indices: Tensor) -> ColumnBasis:
         """Of columns `indices` (r,), int64, ascending."""
-        return ColumnBasis(self._ready(place), indices)
+        return ColumnBasis(self._ready(place), indices, place.alone)
 
     def _ready(self, place: Place) -> Dictionary:
         transform = self.transform
@@ -123,12 +123,14 @@ class PreviousColumns(DictionaryColumns):
         return Choice(self.basis(place, indices), scores[indices].sum() / scores.sum(), previous)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ColumnBasis:
     """The columns at `indices` (r,), int64, ascending."""
 
     dictionary: Dictionary
     indices: Tensor
+    keeps: bool = False  # the columns, from projecting to lifting
+    _chosen: Tensor | None = field(default=None, init=False)
 
     def take(self, coordinates: Tensor) -> Tensor:
         if not coordinates.is_contiguous() and coordinates.t().is_contiguous():  # of the left side
@@ -136,7 +138,9 @@ class ColumnBasis:
         return coordinates.index_select(1, self.indices)
 
     def project(self, rows: Tensor) -> Tensor:
-        return self.dictionary.project(rows, self.indices)
+        if self.keeps and self._chosen is None:
+            self._chosen = self.dictionary.chosen(self.indices)
+        return self.dictionary.project(rows, self.indices, self._chosen)
 
     def replace(self, coordinates: Tensor, coefficients: Tensor, keep: float) -> None:
         coordinates.index_copy_(1, self.indices, coefficients * keep)
@@ -144,7 +148,9 @@ class ColumnBasis:
     def add_lifted(
         self, target: Tensor, coefficients: Tensor, *, decay: float, scale: float, columns: slice = slice(None)
     ) -> None:
-        self.dictionary.add_lifted(target, coefficients, self.indices, decay=decay, scale=scale, columns=columns)
+        self.dictionary.add_lifted(
+            target, coefficients, self.indices, decay=decay, scale=scale, columns=columns, chosen=self._chosen
+        )
 
     def change_from(self, previous: ColumnBasis) -> Change:
         return ColumnChange(previous.indices, self.indices, self.dictionary.n)

@@ -101,14 +101,17 @@ def local_gradient(parameter: Tensor) -> Tensor:
     return local(gradient)
 
 
-def local_gradients(pieces: Sequence[tuple[Tensor, Piece]]) -> dict[Tensor, Tensor]:
-    """By parameter: the local part of its gradient, once for all of its pieces; contiguous where they are views."""
-    by_parameter: dict[Tensor, Tensor] = {}
+def local_gradients(pieces: Sequence[tuple[Tensor, Piece]]) -> list[Tensor]:
+    """Of the parameter of each piece: the local part of its gradient, the same for all of its pieces.
+
+    Contiguous where pieces are views.
+    """
+    by_parameter: dict[int, Tensor] = {}
     for parameter, piece in pieces:
-        if parameter not in by_parameter:
+        if id(parameter) not in by_parameter:
             gradient = local_gradient(parameter)
-            by_parameter[parameter] = gradient if piece.whole else gradient.contiguous()
-    return by_parameter
+            by_parameter[id(parameter)] = gradient if piece.whole else gradient.contiguous()
+    return [by_parameter[id(parameter)] for parameter, _ in pieces]
 
 
 def copies_bytes(parameters: Sequence[DenseParameter]) -> float:
@@ -163,10 +166,10 @@ def dense_step(
     weights = [parameter.piece.view(local(parameter.tensor.detach())) for parameter in parameters]
     # The fused kernel walks memory without regard to strides: it gets contiguous tensors, the weight itself if it can.
     wide = [weight.to(arithmetic_dtype(weight)).contiguous() for weight in weights]
-    by_parameter = local_gradients([(parameter.tensor, parameter.piece) for parameter in parameters])
+    parts = local_gradients([(parameter.tensor, parameter.piece) for parameter in parameters])
     gradients = [
-        parameter.piece.view(by_parameter[parameter.tensor]).to(weight.dtype).contiguous()
-        for parameter, weight in zip(parameters, wide, strict=True)
+        parameter.piece.view(part).to(weight.dtype).contiguous()
+        for parameter, part, weight in zip(parameters, parts, wide, strict=True)
     ]
     means, squares = (
         [state[key].to(weight.dtype) for state, weight in zip(states, wide, strict=True)]

@@ -244,13 +244,10 @@ class LowRankOptimizer(Diagnostics, SavedState, ABC):
             self._forget_replaced()
         for group in self.param_groups:
             parameters = group["params"]
-            names = group.get("param_names") or []
-            if len(names) != len(parameters):
-                names = [self.given.name(p) or f"parameter_{position + i}" for i, p in enumerate(parameters)]
             by_group.append(
                 [
-                    self._bind_parameter(name, parameter, group)
-                    for name, parameter in zip(names, parameters, strict=True)
+                    self._bind_parameter(parameter, group, index, position + index)
+                    for index, parameter in enumerate(parameters)
                     if is_trained(parameter)
                 ]
             )
@@ -277,10 +274,14 @@ class LowRankOptimizer(Diagnostics, SavedState, ABC):
             self._bound.pop(parameter, None)
         self._unchecked = [(name, p) for name, p in self._unchecked if p in present or p not in held]
 
-    def _bind_parameter(self, name: str, parameter: Tensor, group: dict[str, Any]) -> BoundParameter:
+    def _bind_parameter(self, parameter: Tensor, group: dict[str, Any], index: int, position: int) -> BoundParameter:
+        """What is known of a parameter at an index of its group, and at a position among all."""
         bound, state = self._bound.get(parameter), self._state.get(parameter)
         if bound is not None and state:
             return bound
+        names = group.get("param_names") or []
+        named = len(names) == len(group["params"])
+        name = names[index] if named else self.given.name(parameter) or f"parameter_{position}"
         name, place = canonical_name(name), self._flat.get(parameter)
         plain = place is None and not isinstance(parameter, DTensor)
         replicas = self._replica_mesh(parameter.device) if plain else None

@@ -84,7 +84,7 @@ class LowRank(Recipe):
 
     @property
     def full_rows(self) -> bool:
-        return isinstance(self.residual, AddedRows)
+        return self.residual.adds_rows
 
     def operands(self, dtype: torch.dtype) -> torch.dtype:
         if self.full_rows or not isinstance(self.subspace, DictionaryColumns):
@@ -131,11 +131,12 @@ class LowRank(Recipe):
             if not self.full_rows:
                 del rows
         del coordinates  # nor until its sums are there
-        count = step if place.counter is None else place.counter
-        direction = yield from self.moments.direction(coefficients, moments, count, place.owned)
+        own = coefficients.clone() if self.full_rows else coefficients  # to be overwritten
+        direction = yield from self.moments.direction(own, moments, step, place)
         self.moments.write(moments, state, noise)
         weights = None
-        if isinstance(residual, AddedRows):
+        if self.full_rows:
+            assert isinstance(residual, AddedRows)
             factor = self.moments.step_factor(step)
             found = yield from residual.weights(
                 rows, Inside(basis, coefficients, direction / factor), state, place.owned

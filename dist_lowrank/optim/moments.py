@@ -16,7 +16,7 @@ from dist_lowrank.optim.options import check_betas, check_choice, check_count, c
 from dist_lowrank.optim.rounding import RowNoise
 from dist_lowrank.optim.state import StateTensor
 from dist_lowrank.optim.storage import Floats, Geometric, Storage
-from dist_lowrank.optim.subspace import Change
+from dist_lowrank.optim.subspace import Change, Place
 from dist_lowrank.sharding.layouts import TallForm
 from dist_lowrank.sharding.rule import Rule
 
@@ -41,12 +41,10 @@ class Moments(Protocol):
     def step_factor(self, step: int) -> float:
         """What of the direction is a factor of the step size, for residuals that compare it with the coefficients."""
 
-    def direction(
-        self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int | Tensor, owned: slice
-    ) -> Rule[Tensor]:
-        """Updates the moments; returns the direction of this rank's rows, (l, r).
+    def direction(self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int, place: Place) -> Rule[Tensor]:
+        """Updates the moments; returns the direction of this rank's rows, (l, r), which may be where coefficients were.
 
-        Yields sums over its `owned` rows where it needs totals.
+        Yields sums over the rows that this rank owns where it needs totals.
         """
 
     def mean(self, moments: Mapping[str, Tensor], step: int) -> Tensor:
@@ -117,9 +115,7 @@ class Adam:
         beta1, beta2 = self.betas
         return 1.0 if self.corrected_eps else (1 - beta2**step) ** 0.5 / (1 - beta1**step)
 
-    def direction(
-        self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int | Tensor, owned: slice
-    ) -> Rule[Tensor]:
+    def direction(self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int, place: Place) -> Rule[Tensor]:
         yield from ()  # needs no sums
         beta1, beta2 = self.betas
         mean, square = moments["exp_avg"], moments["exp_avg_sq"]  # (l, r)
@@ -129,11 +125,9 @@ class Adam:
             age = moments["age"].add_(1).to(coefficients.dtype)  # (r,)
             return (mean / (1 - beta1**age)).div_((square / (1 - beta2**age)).sqrt_().add_(self.eps))
         # An eps that was added to the root before it is corrected is corrected with it.
-        eps = self.eps
-        if not self.corrected_eps:
-            assert isinstance(step, int)
-            eps /= (1 - beta2**step) ** 0.5
-        return adam_direction(coefficients, mean, square, step, self.betas, eps)
+        eps = self.eps if self.corrected_eps else self.eps / (1 - beta2**step) ** 0.5
+        count = step if place.counter is None else place.counter
+        return adam_direction(coefficients, mean, square, count, self.betas, eps)
 
     def write(self, moments: Mapping[str, Tensor], state: Mapping[str, Tensor], noise: RowNoise) -> None:
         for name, storage in _storages(self.moment_dtype).items():
@@ -185,18 +179,16 @@ class NewtonSchulz:
     def step_factor(self, step: int) -> float:
         return 1.0
 
-    def direction(
-        self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int | Tensor, owned: slice
-    ) -> Rule[Tensor]:
+    def direction(self, coefficients: Tensor, moments: Mapping[str, Tensor], step: int, place: Place) -> Rule[Tensor]:
         a, b, c = self.coefficients
-        gram = yield coefficients[owned].t() @ coefficients[owned]  # (r, r)
+        gram = yield coefficients[place.owned].t() @ coefficients[place.owned]  # (r, r)
         norm = gram.diagonal().sum().sqrt() + self.eps
         gram = gram / norm.square()
         product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / norm
         for done in range(self.steps):
             if done and done % _STEPS_PER_GRAM == 0:
                 coefficients = products.product(coefficients, product)
-                gram = yield coefficients[owned].t() @ coefficients[owned]
+                gram = yield coefficients[place.owned].t() @ coefficients[place.owned]
                 product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
             polynomial.diagonal().add_(a)  # a I + b G + c G^2

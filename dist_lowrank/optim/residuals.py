@@ -23,6 +23,7 @@ class Residual(Protocol):
 
     needs_coordinates: ClassVar[bool]  # at every step, not only at a refresh
     lifts: ClassVar[bool]  # whether the direction is part of the update
+    adds_rows: ClassVar[bool]  # whether it is an `AddedRows`
 
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]: ...
 
@@ -51,6 +52,7 @@ class Drop:
 
     needs_coordinates: ClassVar[bool] = False
     lifts: ClassVar[bool] = True  # whether the direction is part of the update
+    adds_rows: ClassVar[bool] = False  # whether it is an `AddedRows`
 
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
         return {}
@@ -127,6 +129,8 @@ class AddedRows(Drop, ABC):
     """Whole rows are added to the update, each with a weight."""
 
     __slots__ = ()
+
+    adds_rows: ClassVar[bool] = True
 
     @abstractmethod
     def weights(self, rows: Tensor, inside: Inside, state: Mapping[str, Tensor], owned: slice) -> Rule[Tensor]:

@@ -56,10 +56,10 @@ class SharedColumns(DictionaryColumns):
 
     def stored(self, state: Mapping[str, Tensor], place: Place) -> SharedBasis:
         before = place.role.previous if place.role is not None else None
-        return SharedBasis(before or self._ready(place), state["indices"].long())
+        return SharedBasis(before or self._ready(place), state["indices"].long(), place.alone)
 
     def basis(self, place: Place, indices: Tensor) -> SharedBasis:
-        return SharedBasis(self._ready(place), indices)
+        return SharedBasis(self._ready(place), indices, place.alone)
 
     def _ready(self, place: Place) -> LearnedDictionary:
         assert place.role is not None
@@ -67,7 +67,7 @@ class SharedColumns(DictionaryColumns):
         return place.role.current
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SharedBasis(ColumnBasis):
     """Columns of one version of a dictionary."""
 

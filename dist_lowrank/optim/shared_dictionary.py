@@ -234,16 +234,16 @@ def gram_buffers(roles: Sequence[Role]) -> tuple[dict[tuple[Any, ...], Tensor], 
 
 
 def _add_gram_matrices(wave: Sequence[Job], grams: Mapping[Role, Tensor], state: State) -> None:
-    by_parameter = local_gradients([(matrix.parameter, matrix.piece) for matrix, _ in wave])
+    parts = local_gradients([(matrix.parameter, matrix.piece) for matrix, _ in wave])
+    gradients = [matrix.piece.view(part) for (matrix, _), part in zip(wave, parts, strict=True) if matrix.present]
     wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
     layouts = [matrix.layout for matrix, _ in wave]
-    gradients = [matrix.piece.view(by_parameter[matrix.parameter]) for matrix, _ in wave]
     rows = finish(fetch_rows(layouts, gradients, [matrix.dtype for matrix, _ in wave]))
     rules = [
         _add_gram_matrix(block, matrix, recipe, grams, matrix.state(state[matrix.parameter]))
         for block, (matrix, recipe) in zip(rows, wave, strict=True)
     ]
-    del by_parameter, gradients, rows
+    del parts, gradients, rows
     finish(run_rounds([Task(rule, layout) for rule, layout in zip(rules, layouts, strict=True)]))
 
 

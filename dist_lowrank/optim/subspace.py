@@ -81,7 +81,8 @@ class Place:
     random: RandomBits  # of the matrix; the subspace names step and purpose
     owned: slice  # of this rank's rows, those that count in sums
     role: Role | None = None  # with a dictionary of its own
-    counter: Tensor | None = None  # (), of its updates, this one included, where the host does not know them
+    counter: Tensor | None = None  # (), of its updates, this one included, float32, if it is on the device
+    alone: bool = False  # nothing else is updated meanwhile: what was made for projecting may stay for lifting
     scores: Tensor | None = None  # (n,), of its columns, where ranks have summed them before the step
 
     @property

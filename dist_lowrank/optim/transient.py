@@ -100,6 +100,7 @@ def scratch_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
     whole = whole_columns(recipe, form)
     inside = 5 * sums  # powers of a Gram matrix
     inside += (3 if whole else 6) * coefficients  # moments, parts of the direction; owners' are counted below
+    inside += form.rank * form.n  # the chosen columns, in a wave of one
     # The chosen columns, as they are and turned, and what they add to a block of the weights.
     applying = 0 if whole else 2 * form.rank * form.n + min(max(rows, part), BLOCK_ELEMENTS)
     narrow = matrix.parameter.dtype != matrix.dtype

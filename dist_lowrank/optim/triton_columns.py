@@ -99,7 +99,7 @@ class TritonColumns(DictionaryColumns):
         return TritonBasis(self._ready(place), indices)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TritonBasis(ColumnBasis):
     """The columns at `indices`, and what kernels make with them."""
 

@@ -51,10 +51,13 @@ def cut_waves(jobs: Sequence[Job], workspace_bytes: int) -> Iterator[list[Job]]:
     are under way, the other computes. Where one would take all there are several only if they send much.
     """
     together: dict[Tensor | str, list[Job]] = {}
+    in_one_call: dict[tuple[int, TallForm], bool] = {}  # by recipe and form
     for matrix, recipe in jobs:
+        kind = (id(recipe), matrix.layout.form)
+        if kind not in in_one_call:
+            in_one_call[kind] = whole_columns(recipe, matrix.layout.form) > 0
         sends = matrix.layout.group is not None
-        in_one_call = whole_columns(recipe, matrix.layout.form) > 0
-        key = "sent" if sends else "in one call" if in_one_call else matrix.parameter
+        key = "sent" if sends else "in one call" if in_one_call[kind] else matrix.parameter
         together.setdefault(key, []).append((matrix, recipe))
     for key, members in together.items():
         if len(members) == 1:  # a wave, whatever it holds
@@ -107,8 +110,9 @@ def no_autocast(device_types: Iterable[str]) -> Iterator[None]:
 def count_steps(jobs: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
     """Adds 1 to the step counters of all matrices to be updated; those of a stack share theirs."""
     counters = [state[matrix.parameter][f"{matrix.piece.prefix}step"] for matrix, _ in jobs]
-    for counter in {id(counter): counter for counter in counters}.values():
-        counter.add_(1)
+    distinct = {id(counter): counter for counter in counters}
+    if distinct:
+        torch._foreach_add_(list(distinct.values()), 1)
 
 
 def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]], cache: DictionaryCache) -> Activity:
@@ -127,18 +131,19 @@ def _turns_of_update(
     wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]], cache: DictionaryCache
 ) -> Turns[None]:
     # Also of matrices that other ranks hold: this can be collective.
-    by_parameter = local_gradients([(matrix.parameter, matrix.piece) for matrix, _ in wave])
+    parts = local_gradients([(matrix.parameter, matrix.piece) for matrix, _ in wave])
+    gradients = [matrix.piece.view(part) for (matrix, _), part in zip(wave, parts, strict=True) if matrix.present]
     wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
     layouts = [matrix.layout for matrix, _ in wave]
-    gradients = [matrix.piece.view(by_parameter[matrix.parameter]) for matrix, _ in wave]
-    rows = yield from fetch_rows(layouts, gradients, [recipe.operands(matrix.dtype) for matrix, recipe in wave])
+    operands = [recipe.operands(matrix.dtype) for matrix, recipe in wave]
+    rows = yield from fetch_rows(layouts, gradients, operands)
     tasks, random = [], []
     for index, (matrix, recipe) in enumerate(wave):
         own = matrix.state(state[matrix.parameter])
         step, layout = LATER_STEP if recipe.capturable else int(own["step"]), matrix.layout
-        bits = RandomBits(recipe.seed, matrix.name, step)
-        counter = own["step"] if recipe.capturable else None
-        place = place_of(matrix, rows[index].device, cache, bits, counter)
+        bits, device = RandomBits(recipe.seed, matrix.name, step), rows[index].device
+        counter = own["step"] if own["step"].device == device else None
+        place = place_of(matrix, device, cache, bits, counter, alone=len(wave) == 1 and layout.group is None)
         matrix.scores = None  # used up
         rule = recipe.rule(rows[index], own, step, place, RowNoise(bits, layout.start))
         random.append(bits)
@@ -149,14 +154,16 @@ def _turns_of_update(
         None if not recipe.full_rows else block if "rows" in delivery else matrix.layout.form.view(gradient)
         for (matrix, recipe), block, gradient, delivery in zip(wave, rows, gradients, deliveries, strict=True)
     ]
-    del by_parameter, gradients, rows
+    del parts, gradients, rows
     updates = yield from run_rounds(tasks)
-    shares = yield from gather_coefficients(layouts, [_share(update) for update in updates], deliveries)
+    shares = [_share(update) for update in updates]
+    if "coefficients" in deliveries:
+        shares = yield from gather_coefficients(layouts, shares, deliveries)
     lifted = [
         _lift(update, matrix, recipe, source) if "rows" in delivery else update.direction
         for update, (matrix, recipe), source, delivery in zip(updates, wave, made_of, deliveries, strict=True)
     ]
-    arrived = yield from exchange_updates(layouts, lifted, deliveries)
+    arrived = (yield from exchange_updates(layouts, lifted, deliveries)) if "rows" in deliveries else {}
     for index, (matrix, recipe) in enumerate(wave):
         update, layout = updates[index], matrix.layout
         if update.choice is not None:
@@ -164,7 +171,7 @@ def _turns_of_update(
         weight = matrix.piece.view(local(matrix.parameter.detach()))
         lifts = deliveries[index] in ("local", "coefficients")
         once = recipe.weight_rounding == "nearest" and (recipe.rate is None or not recipe.weight_decay)
-        narrow = lifts and once and recipe.operands(matrix.dtype) == weight.dtype
+        narrow = lifts and once and operands[index] == weight.dtype
         target = weight if narrow else weight.to(matrix.dtype)  # the weight itself unless it is of lower precision
         decay, scale = step_size(recipe, layout.form)
         if recipe.rate is not None and recipe.weight_decay:
@@ -186,10 +193,11 @@ def place_of(
     cache: DictionaryCache,
     bits: RandomBits,
     counter: Tensor | None = None,
+    alone: bool = False,
 ) -> Place:
-    layout = matrix.layout
+    layout, scores = matrix.layout, matrix.scores
     known = (layout.form, matrix.dtype, device, layout.repeated, cache, bits, layout.owned, matrix.role)
-    return Place(*known, counter=counter, scores=matrix.scores)
+    return Place(*known, counter, alone, scores)
 
 
 def step_size(recipe: Recipe, form: TallForm) -> tuple[float, float]:
@@ -226,8 +234,9 @@ def _add(
 ) -> None:
     """In place: `target = decay * target + scale * update`, for the rows and columns of target."""
     rank = update.direction.shape[1]
+    coefficients = share if update.weights is None else share[:, :rank]
     if rank:
-        update.basis.add_lifted(target, share[:, :rank], decay=decay, scale=scale, columns=columns)
+        update.basis.add_lifted(target, coefficients, decay=decay, scale=scale, columns=columns)
     else:
         target.mul_(decay)
     if rows is not None and update.weights is not None:
