@@ -137,7 +137,7 @@ def _turns_of_update(
     layouts = [matrix.layout for matrix, _ in wave]
     operands = [recipe.operands(matrix.dtype) for matrix, recipe in wave]
     rows = yield from fetch_rows(layouts, gradients, operands)
-    tasks, random = [], []
+    tasks, random, deliveries = [], [], []
     for index, (matrix, recipe) in enumerate(wave):
         own = matrix.state(state[matrix.parameter])
         step, layout = LATER_STEP if recipe.capturable else int(own["step"]), matrix.layout
@@ -148,21 +148,22 @@ def _turns_of_update(
         rule = recipe.rule(rows[index], own, step, place, RowNoise(bits, layout.start))
         random.append(bits)
         tasks.append(Task(rule, layout))
-    deliveries = [matrix.layout.delivery(recipe.full_rows) for matrix, recipe in wave]
-    # Where the update has whole rows, what they are made of stays; else the rules have it, and let go of it.
-    made_of = [
-        None if not recipe.full_rows else block if "rows" in delivery else matrix.layout.form.view(gradient)
-        for (matrix, recipe), block, gradient, delivery in zip(wave, rows, gradients, deliveries, strict=True)
-    ]
+        deliveries.append(layout.delivery(recipe.full_rows))
+    made_of: list[Tensor | None] = [None] * len(wave)
+    for index, (matrix, recipe) in enumerate(wave):
+        # Where the update has whole rows, what they are made of stays; else the rules have it, and let go of it.
+        if recipe.full_rows:
+            in_rows = "rows" in deliveries[index]
+            made_of[index] = rows[index] if in_rows else matrix.layout.form.view(gradients[index])
     del parts, gradients, rows
     updates = yield from run_rounds(tasks)
     shares = [_share(update) for update in updates]
     if "coefficients" in deliveries:
         shares = yield from gather_coefficients(layouts, shares, deliveries)
-    lifted = [
-        _lift(update, matrix, recipe, source) if "rows" in delivery else update.direction
-        for update, (matrix, recipe), source, delivery in zip(updates, wave, made_of, deliveries, strict=True)
-    ]
+    lifted = [update.direction for update in updates]
+    for index, (matrix, recipe) in enumerate(wave):
+        if "rows" in deliveries[index]:
+            lifted[index] = _lift(updates[index], matrix, recipe, made_of[index])
     arrived = (yield from exchange_updates(layouts, lifted, deliveries)) if "rows" in deliveries else {}
     for index, (matrix, recipe) in enumerate(wave):
         update, layout = updates[index], matrix.layout
@@ -176,13 +177,14 @@ def _turns_of_update(
         decay, scale = step_size(recipe, layout.form)
         if recipe.rate is not None and recipe.weight_decay:
             target.mul_(1 - recipe.rate * recipe.weight_decay)
-        if isinstance(layout, Delivered) and deliveries[index] == "rows":
-            layout.add_update(target, arrived[index], decay=decay, scale=scale)
+        if lifts:
+            view = layout.form.view(target)
+            _add(view, update, shares[index], recipe, made_of[index], decay, scale, layout.columns)
         elif isinstance(layout, FlatRows):
             layout.add_rows(target, lifted[index], decay=decay, scale=scale)
         else:
-            view = layout.form.view(target)
-            _add(view, update, shares[index], recipe, made_of[index], decay, scale, layout.columns)
+            assert isinstance(layout, Delivered)
+            layout.add_update(target, arrived[index], decay=decay, scale=scale)
         if target is not weight:
             store_weight(weight, target, recipe.weight_rounding, random[index], layout.offset, layout.form.shape)
 
