@@ -51,7 +51,8 @@ class Floats:
         return {name: StateTensor(columns, self.dtype or dtype, cause)}
 
     def read(self, name: str, state: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Tensor:
-        return state[name].to(dtype)
+        stored = state[name]
+        return stored if stored.dtype == dtype else stored.to(dtype)
 
     def write(self, name: str, numbers: Tensor, state: Mapping[str, Tensor], noise: RowNoise | None = None) -> None:
         if numbers is not state[name]:
