@@ -142,6 +142,10 @@ def _print_traffic(rows: Sequence[TrafficRow]) -> None:
     for row in rows:
         table.add_row(row.step, row.purpose, row.operation, str(row.collectives), f"{row.bytes:,}")
     console.print(table)
+    if any(row.step.endswith("at most") for row in rows):
+        print(
+            "\nat most: in place of the same without it, where gradients have a lower numerical rank than the subspace"
+        )
 
 
 def _print_parameters(rows: Sequence[ParameterRow]) -> None:

@@ -143,6 +143,40 @@ def test_predicted_collectives_are_those_that_a_step_sends(layout: str, world_si
     assert len(set(by_workspace_size)) == 1
 
 
+def _at_first_refresh_and_later(rank: int, layout: str, world_size: int) -> list[tuple[str, str, list[Sent]]]:
+    """By optimizer and gradients: sent, and predicted as usual and at most, at steps 1, at which all choose, and 4."""
+    found = []
+    for name in ("galore", "subtrack", "ldadam"):
+        for kind in ("full rank", "rank 1", "some of rank 1"):
+            updater = _optimizer(rank, layout, world_size, name, workspace_bytes=2**24)
+            updater.param_groups[0]["rank"] = 0.5  # several matrices have more than one direction
+            for step in (1, 2, 3, 4):
+                for position, parameter in enumerate(p for group in updater.param_groups for p in group["params"]):
+                    narrow = kind == "rank 1" or (kind == "some of rank 1" and position % 2)
+                    parameter.grad = torch.ones_like(parameter) if narrow else torch.randn_like(parameter)
+                declared = [collectives_of_step(updater, step=step, at_most=at_most) for at_most in (False, True)]
+                with CountCollectives() as counter:
+                    updater.step()
+                if step in (1, 4):
+                    calls = zip(counter.calls, counter.sent_bytes, strict=True)
+                    sent = [(NAMES[name], elements, size) for (name, elements), size in calls]
+                    lists = [[(each.operation, each.elements, each.bytes) for each in one] for one in declared]
+                    found.append((f"{name} {step}", kind, [sent, *lists]))
+    return found
+
+
+def test_gradients_of_a_low_rank_send_no_more_than_is_declared_as_the_most() -> None:
+    for found in run_on_ranks(2, _at_first_refresh_and_later, "fsdp", 2):  # at which the first step compares nothing
+        for case, kind, (sent, usual, at_most) in found:
+            has_more = case in ("galore 1", "galore 4", "subtrack 1", "ldadam 1")  # an SVD
+            assert (len(usual) < len(at_most)) == has_more, case
+            if kind != "some of rank 1":
+                assert sent == (usual if kind == "full rank" else at_most), (case, kind)
+            else:
+                assert len(sent) == len(at_most), case
+                assert (_elements(usual) < _elements(sent) < _elements(at_most)) == has_more, case
+
+
 def _summed(rank: int, stagger: bool) -> list[int]:
     """Elements summed at each step of an interval that is longer than there are matrices."""
     updater = _optimizer(rank, "fsdp", 2, "galore", refresh_interval=10, refresh_stagger=stagger)

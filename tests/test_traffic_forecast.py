@@ -25,7 +25,7 @@ Totals = dict[str, tuple[int, int]]  # by counted operation: calls and bytes
 def _printed(text: str) -> dict[str, Totals]:
     """By kind of step."""
     by_step: dict[str, Totals] = {}
-    row = r"^([a-z0-9 ]+?)  +(\w+)  +(\w*) +(\d+)  +([\d,]+)$"
+    row = r"^([a-z0-9, ]+?)  +(\w+)  +(\w*) +(\d+)  +([\d,]+)$"
     for step, _, operation, calls, size in re.findall(row, text.partition("what the optimizer sends")[2], re.MULTILINE):
         totals = by_step.setdefault(step, {})
         if int(calls):
@@ -35,7 +35,7 @@ def _printed(text: str) -> dict[str, Totals]:
 
 
 def _sent(rank: int, overrides: list[str]) -> list[Totals]:
-    """By rank 0, at steps 2 to 4; the first also compares replicas."""
+    """At each of 4 steps with gradients of rank 1; the first also compares replicas."""
     config = compose(overrides)
     model = build_model(config)
     forms = low_rank_forms(route(model, config), config)
@@ -52,7 +52,7 @@ def _sent(rank: int, overrides: list[str]) -> list[Totals]:
             before = totals.get(name, (0, 0))
             totals[name] = (before[0] + 1, before[1] + size)
         steps.append(totals)
-    return steps[1:]
+    return steps
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_check_prints_what_a_run_sends(
     assert main(["check", *overrides]) == 0
     assert not dist.is_initialized()
     printed = _printed(capsys.readouterr().out)
-    between, refresh, _ = run_on_ranks(processes, _sent, overrides)[0]
+    _, between, refresh, _ = run_on_ranks(processes, _sent, overrides)[0]
     assert set(refresh) == operations
     if optimizer == "dct_adamw":
         assert printed["refresh"] == refresh
@@ -85,6 +85,22 @@ def test_check_prints_what_a_run_sends(
     assert printed["every 100 steps"]["allgather_"][0] == 1
 
 
+@pytest.mark.parametrize(("optimizer", "later"), [("galore", "refresh, at most"), ("subtrack", "refresh")])
+def test_check_prints_what_an_svd_of_gradients_of_a_low_rank_sends(
+    optimizer: str, later: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [*TINY, "strategy=fsdp", f"optimizer={optimizer}", "optimizer.refresh_interval=3"]
+    overrides += ["launcher.device=cpu", "launcher.nproc_per_node=2"]
+    assert main(["check", *overrides]) == 0
+    text = capsys.readouterr().out
+    printed = _printed(text)
+    first, between, _, refresh = run_on_ranks(2, _sent, overrides)[0]
+    assert printed[later] == refresh
+    assert printed["between refreshes"] == between
+    assert printed["refresh, at most" if optimizer == "galore" else "first step, at most"] == first
+    assert "lower numerical rank than the subspace" in text
+
+
 def test_check_prints_what_a_change_of_shared_dictionaries_sends_beside_the_rest(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -92,7 +108,7 @@ def test_check_prints_what_a_change_of_shared_dictionaries_sends_beside_the_rest
     overrides += ["launcher.device=cpu", "launcher.nproc_per_node=2"]
     assert main(["check", *overrides]) == 0
     printed = _printed(capsys.readouterr().out)
-    ordinary, _, change = run_on_ranks(2, _sent, overrides)[0]
+    _, ordinary, _, change = run_on_ranks(2, _sent, overrides)[0]
     assert printed["every step"] == ordinary
     calls, size = printed["every 4 steps"]["allreduce_"]
     assert calls == 2  # traces, Gram matrices

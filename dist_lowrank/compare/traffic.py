@@ -26,7 +26,8 @@ class Traffic:
 def forecast(run: Run) -> Traffic | str:
     """From the stored configuration and the number of ranks; or why it cannot be told.
 
-    The optimizer's traffic depends on shapes and layouts alone, so this is what the run sent.
+    The optimizer's traffic depends on shapes and layouts alone, so this is what the run sent, unless gradients had a
+    lower rank than the subspace of an SVD: then somewhat more.
     """
     try:
         config = from_dict(dict(run.config))

@@ -52,7 +52,7 @@ class DictionaryColumns:
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
         return {"indices": StateTensor(form.rank, index_dtype(form.n), "indices", sharded=False)}
 
-    def statistics(self, form: TallForm) -> list[int]:
+    def statistics(self, form: TallForm, first: bool = False) -> list[int]:
         return [form.n]
 
     def coordinates(self, rows: Tensor, place: Place) -> Tensor:

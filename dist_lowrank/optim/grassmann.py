@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_lowrank.optim.options import check_number
 from dist_lowrank.optim.projections import Projection, StoredProjection, Svd, orthonormal
-from dist_lowrank.optim.subspace import Choice, Place
+from dist_lowrank.optim.subspace import Choice, Place, Statistics
 from dist_lowrank.sharding.layouts import TallForm
 from dist_lowrank.sharding.rule import Rule
 
@@ -33,8 +33,8 @@ class Grassmann(StoredProjection):
     def __post_init__(self) -> None:
         check_number("grassmann_step", self.step)
 
-    def statistics(self, form: TallForm) -> list[int]:
-        return [form.n * form.rank]
+    def statistics(self, form: TallForm, first: bool = False) -> Statistics:
+        return Svd().statistics(form) if first else [form.n * form.rank]
 
     def scratch_elements(self, form: TallForm) -> int:
         return max(Svd().scratch_elements(form), 20 * form.n * form.rank)  # the first time; later, in float64

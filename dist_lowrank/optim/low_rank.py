@@ -100,7 +100,13 @@ class LowRank(Recipe):
 
     def rounds(self, form: TallForm, refresh: bool) -> Rounds:
         chosen = self.subspace.statistics(form) if refresh or self.refresh_interval == 1 else []
-        return [*chosen, *self.moments.statistics(form), *self.residual.statistics(form)]
+        return [*chosen, *self._further_sums(form)]
+
+    def first_rounds(self, form: TallForm) -> Rounds:
+        return [*self.subspace.statistics(form, first=True), *self._further_sums(form)]
+
+    def _further_sums(self, form: TallForm) -> list[int]:
+        return [*self.moments.statistics(form), *self.residual.statistics(form)]
 
     def scratch_elements(self, form: TallForm) -> int:
         return self.subspace.scratch_elements(form)

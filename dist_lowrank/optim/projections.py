@@ -25,7 +25,7 @@ from dist_lowrank.kernels import products
 from dist_lowrank.optim.options import check_choice, check_count, check_number
 from dist_lowrank.optim.rounding import RandomBits, positions_of
 from dist_lowrank.optim.state import StateTensor
-from dist_lowrank.optim.subspace import Choice, Place
+from dist_lowrank.optim.subspace import Choice, Place, Possible, Statistics
 from dist_lowrank.sharding.layouts import TallForm
 from dist_lowrank.sharding.rule import Rule
 
@@ -120,8 +120,10 @@ class Svd(StoredProjection):
     randomized range finder takes over.
     """
 
-    def statistics(self, form: TallForm) -> list[int]:
-        return [form.n**2]
+    def statistics(self, form: TallForm, first: bool = False) -> Statistics:
+        if form.rank == 1:  # which only a gradient of zero is below, and that has no other directions
+            return [form.n**2]
+        return [form.n**2, *map(Possible, RandomizedSvd().statistics(form))]
 
     def scratch_elements(self, form: TallForm) -> int:
         return 14 * form.n**2  # matrix, vectors, their copies and LAPACK's workspace, in float64
@@ -148,7 +150,7 @@ class RandomizedSvd(StoredProjection):
     def __post_init__(self) -> None:
         check_count("power_iterations", self.power_iterations)
 
-    def statistics(self, form: TallForm) -> list[int]:
+    def statistics(self, form: TallForm, first: bool = False) -> list[int]:
         width = min(form.n, form.rank + OVERSAMPLING)
         return [form.n * width] * self.power_iterations + [width**2 + 1]
 
@@ -186,8 +188,8 @@ class PowerIteration(StoredProjection):
     def __post_init__(self) -> None:
         check_number("rho", self.rho)
 
-    def statistics(self, form: TallForm) -> list[int]:
-        return [form.n * form.rank]
+    def statistics(self, form: TallForm, first: bool = False) -> Statistics:
+        return Svd().statistics(form) if first else [form.n * form.rank]
 
     def scratch_elements(self, form: TallForm) -> int:
         return Svd().scratch_elements(form)  # the first time
@@ -226,7 +228,7 @@ class RandomProjection:
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]:
         return {"draw": StateTensor(1, torch.int64, "other_state", sharded=False)}
 
-    def statistics(self, form: TallForm) -> list[int]:
+    def statistics(self, form: TallForm, first: bool = False) -> list[int]:
         return []
 
     def scratch_elements(self, form: TallForm) -> int:
@@ -268,7 +270,7 @@ class SvdThenRandom(StoredProjection):
     def __post_init__(self) -> None:
         check_count("switch_step", self.switch_step)
 
-    def statistics(self, form: TallForm) -> list[int]:
+    def statistics(self, form: TallForm, first: bool = False) -> Statistics:
         return Svd().statistics(form)
 
     def scratch_elements(self, form: TallForm) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dist_lowrank.optim.options import check_choice, check_number, check_rank, refuse
 from dist_lowrank.optim.rounding import WEIGHT_ROUNDINGS, RowNoise
 from dist_lowrank.optim.state import StateTensor
-from dist_lowrank.optim.subspace import Choice, Lift, Place
+from dist_lowrank.optim.subspace import Choice, Lift, Place, Possible
 from dist_lowrank.sharding.layouts import SIDES, TallForm
 from dist_lowrank.sharding.rule import Rule
 
@@ -47,7 +47,7 @@ class Whole:
     dtype: torch.dtype | None = None  # in which they do; None: of the arithmetic
 
 
-Rounds = list[int | Sum | Whole]  # an integer: a sum of that many elements
+Rounds = list[int | Possible | Sum | Whole]  # an integer: a sum of that many elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,10 @@ class Recipe(ABC):
         Args:
             refresh: at a step that chooses directions; those that never or always choose say the same for both.
         """
+
+    def first_rounds(self, form: TallForm) -> Rounds:
+        """The same at the first step, whose choice may need other sums than later ones."""
+        return self.rounds(form, refresh=True)
 
     @abstractmethod
     def rule(self, rows: Tensor, state: Mapping[str, Tensor], step: int, place: Place, noise: RowNoise) -> Rule[Update]:

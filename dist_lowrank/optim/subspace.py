@@ -6,7 +6,7 @@ choosing is indexing; for projections the rows themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -91,6 +91,16 @@ class Place:
         return self.role is not None and self.role.previous is not None
 
 
+@dataclass(frozen=True, slots=True)
+class Possible:
+    """A sum of that many elements that is made only where the rank of the gradient is below that of the subspace."""
+
+    elements: int
+
+
+Statistics = Sequence[int | Possible]
+
+
 class Subspace(Protocol):
     """Which directions."""
 
@@ -104,8 +114,8 @@ class Subspace(Protocol):
 
     def state(self, form: TallForm, dtype: torch.dtype) -> Mapping[str, StateTensor]: ...
 
-    def statistics(self, form: TallForm) -> list[int]:
-        """By round of a choice: the number of elements summed over ranks."""
+    def statistics(self, form: TallForm, first: bool = False) -> Statistics:
+        """By round of a choice, the first or a later one: the number of elements summed over ranks."""
 
     def coordinates(self, rows: Tensor, place: Place) -> Tensor:
         """Of rows (l, n); may be the rows themselves."""

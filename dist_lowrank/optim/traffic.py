@@ -23,8 +23,9 @@ from dist_lowrank.optim.columns import PreviousColumns
 from dist_lowrank.optim.dense import gradient_dtype
 from dist_lowrank.optim.engine import LowRankOptimizer
 from dist_lowrank.optim.low_rank import LowRank
-from dist_lowrank.optim.recipe import Sum, Whole
+from dist_lowrank.optim.recipe import Recipe, Sum, Whole
 from dist_lowrank.optim.shared_dictionary import kept_bytes, learning_waves
+from dist_lowrank.optim.subspace import Possible
 from dist_lowrank.optim.wave import Job, cut_waves
 from dist_lowrank.sharding.exchanged import Delivered, Exchanged
 from dist_lowrank.sharding.layouts import local
@@ -66,16 +67,20 @@ def collectives_of_step(
     verification: bool = False,
     dictionaries: bool = False,
     scores_known: bool = False,
+    at_most: bool = False,
 ) -> list[Collective]:
     """The collectives of one step in which every parameter has a gradient, wave by wave; two waves take turns.
 
-    Left out are those of the first step, which compares replicas, those that a gradient needs whose DTensor is not
-    placed as its parameter's, and the further sums of an SVD whose gradient has a lower rank than the subspace.
+    Left out are the comparison of replicas at the first step, and those that a gradient needs whose DTensor is not
+    placed as its parameter's.
 
     Args:
-        refresh: every matrix chooses its columns at this step; otherwise those alone that do so at each.
-        step: its number, which says of each matrix whether it chooses (with `refresh_stagger`, some do), in place of
-            `refresh`.
+        refresh: every matrix chooses its columns at this step, not for the first time; otherwise those alone that do so
+            at each.
+        step: its number, which says of each matrix whether it chooses (with `refresh_stagger`, some do), and whether
+            for the first time, in place of `refresh`.
+        at_most: with the further sums of each SVD whose gradient has a lower rank than the subspace: what a step sends
+            if all have; if some have, it sends no more.
         verification: the columns of all matrices are compared at this step (see `verify_every`).
         dictionaries: those that matrices share change at this step, at which every matrix chooses.
         scores_known: ranks have summed the scores of `selection="previous"` with the gradients (`gradient_sync`).
@@ -88,7 +93,8 @@ def collectives_of_step(
         refresh, step = True, None
         workspace_bytes -= kept_bytes(matrix for matrix, _ in jobs)
     for wave in cut_waves(jobs, workspace_bytes):
-        collectives += _of_wave(wave, refresh, step, scores_known)
+        present = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
+        collectives += _of_wave(present, [_rounds(*job, refresh, step, scores_known, at_most) for job in present])
     if verification:
         collectives += _of_verification([matrix for matrix, _ in jobs])
     return collectives
@@ -133,25 +139,36 @@ def jobs_of(optimizer: LowRankOptimizer) -> list[Job]:
     ]
 
 
-def _of_wave(wave: Sequence[Job], refresh: bool, step: int | None, scores_known: bool) -> Iterator[Collective]:
-    wave = [(matrix, recipe) for matrix, recipe in wave if matrix.present]
+def _rounds(
+    matrix: BoundMatrix, recipe: Recipe, refresh: bool, step: int | None, scores_known: bool, at_most: bool
+) -> list[Sum | Whole]:
+    form = matrix.layout.form
+    if scores_known and isinstance(recipe, LowRank) and isinstance(recipe.subspace, PreviousColumns):
+        return []
+    if step == 1:
+        rounds = recipe.first_rounds(form)
+    else:
+        rounds = recipe.rounds(form, refresh if step is None else recipe.refreshes(step))
+    made: list[Sum | Whole] = []
+    for each in rounds:
+        if isinstance(each, int) or (at_most and isinstance(each, Possible)):
+            made.append(Sum(each if isinstance(each, int) else each.elements, matrix.dtype))
+        elif not isinstance(each, Possible):
+            made.append(each)
+    return made
+
+
+def _of_wave(wave: Sequence[Job], rounds: Sequence[Sequence[Sum | Whole]]) -> Iterator[Collective]:
+    """With what the rule of each matrix yields."""
     matrices = [matrix for matrix, _ in wave]
     operands = [recipe.operands(matrix.dtype) for matrix, recipe in wave]  # the dtype of rows and of directions
     fetched = [
         _fetched(matrix, dtype) for matrix, dtype in zip(matrices, operands, strict=True) if matrix.layout.exchanges
     ]
     yield from _fused("rows", "all_to_all", fetched)
-    rounds = [
-        []
-        if scores_known and isinstance(recipe, LowRank) and isinstance(recipe.subspace, PreviousColumns)
-        else recipe.rounds(matrix.layout.form, refresh if step is None else recipe.refreshes(step))
-        for matrix, recipe in wave
-    ]
     for sizes in zip_longest(*rounds):  # by round; None: the rule has ended
         shared = [
-            (matrix, Sum(size, matrix.dtype) if isinstance(size, int) else size)
-            for matrix, size in zip(matrices, sizes, strict=True)
-            if matrix.layout.group is not None
+            (matrix, size) for matrix, size in zip(matrices, sizes, strict=True) if matrix.layout.group is not None
         ]
         sums = [(matrix, size.elements, size.dtype) for matrix, size in shared if isinstance(size, Sum)]
         yield from _fused("sums", "all_reduce", sums)

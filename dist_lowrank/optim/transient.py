@@ -17,6 +17,7 @@ from dist_lowrank.kernels.products import BLOCK_ELEMENTS
 from dist_lowrank.optim.binding import BoundMatrix
 from dist_lowrank.optim.recipe import Recipe, Sum, Whole
 from dist_lowrank.optim.rounding import CHUNK_ELEMENTS
+from dist_lowrank.optim.subspace import Possible
 from dist_lowrank.sharding.layouts import TallForm
 
 _NOISE_BYTES = 48  # per element that is rounded at random, of which CHUNK_ELEMENTS at once: 64-bit hashes of positions
@@ -82,7 +83,7 @@ def sent_bytes(matrix: BoundMatrix, recipe: Recipe) -> int:
     for each in recipe.rounds(form, refresh=True):
         if isinstance(each, Whole):
             elements += 2 * layout.largest_block * each.columns
-        else:
+        elif not isinstance(each, Possible):
             elements += 2 * (each.elements if isinstance(each, Sum) else each)
     return elements * matrix.dtype.itemsize
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,10 @@ from dist_lowrank.training.zero_layout import cut_groups
 class TrafficRow:
     """The collectives of one kind of step for one purpose, as rank 0 makes them."""
 
-    step: str  # "every step"; "refresh" (the busiest, if staggered) and "between refreshes"; "every N steps"
+    # "every step", or "refresh" (the busiest, if staggered) and "between refreshes"; "first step" where that differs.
+    # "... , at most": what such a step sends in place of that if all gradients have a lower rank than their subspaces.
+    # "every N steps": beside what these steps send anyway.
+    step: str
     purpose: str  # one of PURPOSES; "nothing" if there are none
     operation: str
     collectives: int
@@ -49,7 +52,8 @@ def forecast_traffic(config: RunConfig, world_size: int) -> list[TrafficRow]:
 def traffic_of(config: RunConfig, optimizer: LowRankOptimizer) -> list[TrafficRow]:
     """By kind of step and purpose, of an optimizer on the layouts of a run."""
     of_step = partial(collectives_of_step, optimizer, scores_known=config.strategy.low_rank_gradients)
-    at_refresh = of_step(refresh=True)
+    of_first_step = partial(collectives_of_step, optimizer, step=1)  # scores are not known yet
+    at_refresh, at_refresh_at_most = of_step(refresh=True), of_step(refresh=True, at_most=True)
     otherwise = of_step(refresh=False)
     changing = collectives_of_dictionaries(optimizer)
     verifying = []
@@ -57,12 +61,16 @@ def traffic_of(config: RunConfig, optimizer: LowRankOptimizer) -> list[TrafficRo
         verifying = of_step(refresh=True, verification=True)[len(at_refresh) :]
     if isinstance(config.optimizer, DCTAdamWConfig | ProjectedConfig) and config.optimizer.refresh_stagger:
         one_interval = range(2, config.optimizer.refresh_interval + 2)  # after the first step, at which all choose
-        steps = (of_step(step=step) for step in one_interval)
-        at_refresh = max(steps, key=lambda sent: sum(each.bytes for each in sent))
-    if at_refresh == otherwise:
-        rows = _by_purpose("every step", at_refresh)
-    else:
-        rows = _by_purpose("refresh", at_refresh) + _by_purpose("between refreshes", otherwise)
+        at_refresh, at_refresh_at_most = (
+            max((of_step(step=step, at_most=at_most) for step in one_interval), key=_bytes) for at_most in (False, True)
+        )
+    refresh = "every step" if at_refresh == otherwise else "refresh"
+    rows = _by_purpose(refresh, at_refresh) + _beyond(refresh, at_refresh, at_refresh_at_most)
+    if at_refresh != otherwise:
+        rows += _by_purpose("between refreshes", otherwise)
+    first = of_first_step()
+    if first != at_refresh:
+        rows += _by_purpose("first step", first) + _beyond("first step", first, of_first_step(at_most=True))
     if changing:
         rows += _by_purpose(f"every {optimizer.param_groups[0]['dictionary_interval']} steps", changing)
     return rows + (_by_purpose(f"every {optimizer.verify_every} steps", verifying) if verifying else [])
@@ -109,6 +117,18 @@ def pretended_rank(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
         # DTensor remembers meshes of the groups that are gone, and would take later meshes for them.
         _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+
+
+def _beyond(step: str, usual: list[Collective], at_most: list[Collective]) -> list[TrafficRow]:
+    """What may be more than usual."""
+    if usual == at_most:
+        return []
+    known = {(row.purpose, row.bytes) for row in _by_purpose(step, usual)}
+    return [row for row in _by_purpose(f"{step}, at most", at_most) if (row.purpose, row.bytes) not in known]
+
+
+def _bytes(sent: Sequence[Collective]) -> int:
+    return sum(each.bytes for each in sent)
 
 
 def _by_purpose(step: str, collectives: list[Collective]) -> list[TrafficRow]:
