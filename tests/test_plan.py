@@ -111,7 +111,11 @@ def test_a_plan_that_does_not_fit_ends_with_code_5(capsys: pytest.CaptureFixture
         (["--world-size", "3"], "error: train.global_batch_size: 8 is not allowed with 3 processes; "),
         (["--world-size", "abc"], "error: --world-size: abc is not allowed; allowed: an integer >= 1"),
         (["--margin", "10%"], "error: --margin: 10% is not allowed; allowed: a share "),
-        (["--device", "-8GiB"], "error: --device: -8GiB is not allowed; "),
+        (["--device", "-8GiB"], "error: --device: -8GiB is not allowed; allowed: 1 to 2^60 bytes such as 80GiB, or"),
+        (["--device", "0GiB"], "error: --device: 0GiB is not allowed; allowed: 1 to 2^60 bytes such as 80GiB, or "),
+        (["--device", "0.1"], "error: --device: 0.1 is not allowed; allowed: 1 to 2^60 bytes such as 80GiB, or "),
+        (["--device", "9" * 400], f"error: --device: {'9' * 400} is not allowed; allowed: 1 to 2^60 bytes"),
+        (["--device="], "error: --device: nothing is not allowed; allowed: 1 to 2^60 bytes such as 80GiB, or one of"),
         (["--device", "8GiB", "--no-trace"], "error: --device: 8GiB is not allowed with --no-trace"),
     ],
 )

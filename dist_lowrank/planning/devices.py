@@ -8,6 +8,7 @@ from dist_lowrank.config import ConfigError
 from dist_lowrank.config.errors import suggestion
 
 _GIB = 2**30
+_MOST_BYTES = 2**60
 # In GiB, per device that a process sees (a MI250X has two).
 _CAPACITIES_GIB = {
     "a10": 24,
@@ -43,7 +44,7 @@ def capacity_bytes(device: str, key: str = "--device") -> int:
     """Of a device by name, or a number of bytes such as `80GiB`, `24GB` or `25769803776`.
 
     Raises:
-        ConfigError: for a name that is not known.
+        ConfigError: for a name that is not known, or a number that is not allowed.
     """
     name = re.sub(r"[\s_]+", "-", device.strip().lower())
     name = _ALIASES.get(name, name)
@@ -51,9 +52,11 @@ def capacity_bytes(device: str, key: str = "--device") -> int:
         return _CAPACITIES_GIB[name] * _GIB
     match = re.fullmatch(r"([\d.]+)\s*([A-Za-z]*)", device.strip())
     if match and match[2].upper() in _UNITS and match[1].count(".") <= 1 and match[1] != ".":
-        return int(float(match[1]) * _UNITS[match[2].upper()])
+        size_bytes = float(match[1]) * _UNITS[match[2].upper()]
+        if 1 <= size_bytes <= _MOST_BYTES:
+            return int(size_bytes)
     hint = suggestion(name, sorted(_CAPACITIES_GIB))
     raise ConfigError(
-        f"{key}: {device} is not allowed; {hint}allowed: bytes such as 80GiB, or one of "
+        f"{key}: {device or 'nothing'} is not allowed; {hint}allowed: 1 to 2^60 bytes such as 80GiB, or one of "
         + ", ".join(sorted(_CAPACITIES_GIB))
     )

@@ -49,11 +49,11 @@ def add_plan(verbs: Verbs) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    if options.reconcile:
+    if options.reconcile is not None:
         return _reconcile(options)
     from dist_lowrank.config import ConfigError, compose
 
-    if options.no_trace and options.device:
+    if options.no_trace and options.device is not None:
         raise ConfigError(
             f"--device: {options.device} is not allowed with --no-trace, which tells no peak; allowed: one of both"
         )
@@ -91,7 +91,7 @@ def _resolve(config: RunConfig, options: argparse.Namespace) -> tuple[RunConfig,
         device_type, world_size = planned_processes(config)
     else:
         device_type, world_size = config.launcher.device, asked
-    if options.device:
+    if options.device is not None:
         device_type = "cuda"
     nodes = nodes or config.launcher.node_count
     if world_size % nodes:
@@ -128,7 +128,7 @@ def _capacity(options: argparse.Namespace) -> tuple[str, int] | None:
     """Name and bytes of the device, if there is one to fit."""
     from dist_lowrank.planning.devices import capacity_bytes
 
-    if options.device:
+    if options.device is not None:
         return options.device, capacity_bytes(options.device)
     import torch
 
