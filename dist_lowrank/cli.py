@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=_OVERRIDES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     for verb, action, summary in (
         ("train", _train, "train on all visible GPUs, or in 2 processes on a CPU"),
         ("resume", _resume, "continue an unfinished run from its newest checkpoint, on other processes if you like"),
@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         subparser = add_verb(verbs, verb, action, summary, epilog=_OVERRIDES)
         if verb == "resume":
-            subparser.add_argument("run", metavar="RUN", help="its folder, such as runs/NAME")
+            # Optional to argparse, which would else ask for overrides in the same breath.
+            subparser.add_argument("run", nargs="?", metavar="RUN", help="its folder, such as runs/NAME")
+            subparser.usage = "dist-lowrank resume [-h] RUN [OVERRIDE ...]"
         subparser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="such as train.steps=500")
     add_compare(verbs)
     add_sweep(verbs)
@@ -72,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_doctor(verbs)
     add_plan(verbs)
     options, left = parser.parse_known_args(arguments)
+    if options.verb is None:
+        parser.error(f"a verb is missing; allowed: {', '.join(verbs.choices)}")
     if left and (not hasattr(options, "overrides") or any(each.startswith("-") for each in left)):
         verbs.choices[options.verb].error(f"unrecognized arguments: {' '.join(left)}")
     elif left:  # argparse takes those before an option alone
@@ -101,8 +105,11 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
+    from dist_lowrank.config import ConfigError
     from dist_lowrank.launchers.preparation import prepare_resume
 
+    if options.run is None:
+        raise ConfigError("resume: the run is missing; allowed: its folder, such as dist-lowrank resume runs/NAME")
     return start(*prepare_resume(options.run, options.overrides))
 
 

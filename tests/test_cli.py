@@ -149,3 +149,28 @@ def test_sizes_that_do_not_divide_are_refused_with_sizes_that_do(
     with pytest.raises(ConfigError) as caught:
         check_world(compose(overrides), world_size)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("verb", "message"),
+    [
+        ("resume", "error: resume: the run is missing; allowed: its folder, such as dist-lowrank resume runs/NAME\n"),
+        (
+            "compare",
+            "error: compare: the runs are missing; allowed: folders, such as dist-lowrank compare runs/A runs/B\n",
+        ),
+        ("sweep", "error: sweep: no key has several values; allowed: such as optimizer=adamw,galore or seed=0,1,2\n"),
+    ],
+)
+def test_a_verb_without_what_it_needs_says_what_is_missing(
+    verb: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb]) == 2
+    assert capsys.readouterr().err == message
+
+
+def test_a_command_without_a_verb_names_all_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert "error: a verb is missing; allowed: train, resume, check, compare, " in capsys.readouterr().err

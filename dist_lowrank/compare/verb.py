@@ -36,7 +36,7 @@ def add_compare(verbs: Verbs) -> None:
     summary = "compare runs: loss at equal tokens, memory per rank, speed; check assertions about them"
     parser = add_verb(verbs, "compare", _compare, summary, details=". Prints tables.", epilog=_EPILOG)
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="folder of a run or an attempt; the first is the baseline"
+        "runs", nargs="*", metavar="RUN", help="one or more folders of runs or attempts; the first is the baseline"
     )
     parser.add_argument("--out", metavar="DIR", help="also write Markdown, CSV, JSON, an HTML page and plots there")
     parser.add_argument(
@@ -61,7 +61,10 @@ def add_assert(parser: argparse.ArgumentParser) -> None:
 def _compare(options: argparse.Namespace) -> int:
     from dist_lowrank.compare.comparison import compare
     from dist_lowrank.compare.plain_text import plain_text
+    from dist_lowrank.config import ConfigError
 
+    if not options.runs:
+        raise ConfigError("compare: the runs are missing; allowed: folders, such as dist-lowrank compare runs/A runs/B")
     allow = _allowed(options.allow)
     assertions = parse_assertions(options.assertions)
     if options.out:

@@ -48,7 +48,7 @@ def add_sweep(verbs: Verbs) -> None:
         details=". Everything is checked before the first point starts.",
         epilog=_EPILOG,
     )
-    parser.add_argument("overrides", nargs="+", metavar="OVERRIDE", help="such as optimizer=adamw,galore seed=0,1,2")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="such as optimizer=adamw,galore seed=0,1,2")
     parser.add_argument(
         "--jobs", default="1", metavar="N", help="points at a time; fit: as many as there are GPUs or cores for"
     )
