@@ -20,7 +20,7 @@ from torch.distributed.run import parse_args, run
 from dist_lowrank.config import ConfigError, open_run
 from dist_lowrank.exit_codes import ExitCode
 from dist_lowrank.launchers import loopback
-from dist_lowrank.launchers.endings import Interrupted, first_failure, how_stopped, interrupt
+from dist_lowrank.launchers.endings import Interrupted, first_failure, how_stopped, stop_once
 from dist_lowrank.worker import leave
 
 
@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # first at the beginning; when that is lost, the others go on asking there.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     options.training_script_args += ["--launcher", str(os.getpid())]
-    signal.signal(signal.SIGINT, interrupt)
+    names = {name.strip() for name in options.signals_to_handle.split(",")}
+    options.signals_to_handle = ""  # by torch
+    stop_once([number for number in signal.Signals if number.name in names - {"SIGINT"}])
     try:
         run(options)  # type: ignore[no-untyped-call]
     except Interrupted:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing import start_processes
 
+from dist_lowrank.checkpoint import newest_good
 from dist_lowrank.config import open_run
 from dist_lowrank.exit_codes import ExitCode
 from dist_lowrank.launchers.console import SharedConsole
@@ -122,10 +123,8 @@ def test_a_bad_key_under_torchrun_is_told_once_and_ends_all_ranks(folder: Path) 
     assert not (folder / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR1))],
-)
+@pytest.mark.slow  # the next one is in `make test`
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_a_run_after_the_step_without_a_traceback(folder: Path, number: signal.Signals) -> None:
     run = _start(folder, ["nohup", COMMAND, "train", *SMALL, FOREVER])
     _wait_for_steps(folder)
@@ -141,6 +140,60 @@ def test_a_signal_stops_a_run_after_the_step_without_a_traceback(folder: Path, n
     assert f"newest good checkpoint runs/{saved.relative_to(folder / 'runs')}" in output
     (path,) = (folder / "runs").iterdir()
     assert not open_run(path).is_finished
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code"),
+    [
+        ([signal.SIGINT, signal.SIGTERM], ExitCode.INTERRUPTED),
+        pytest.param([signal.SIGTERM], ExitCode.REQUEUE, marks=pytest.mark.slow),
+        pytest.param([signal.SIGUSR1, signal.SIGTERM, signal.SIGINT], ExitCode.REQUEUE, marks=pytest.mark.slow),
+    ],
+)
+def test_signals_that_come_while_the_ranks_save_do_not_cut_the_save_short(
+    folder: Path, numbers: list[signal.Signals], code: ExitCode
+) -> None:
+    """Each once, then SIGTERM, again and again until the end."""
+    run = _start(folder, [COMMAND, "train", *SMALL, FOREVER])
+    _wait_for_steps(folder)
+    sent = 0
+    while run.poll() is None and sent < 5000:
+        run.send_signal(numbers[sent] if sent < len(numbers) else signal.SIGTERM)
+        sent += 1
+        time.sleep(0.01)
+    output, errors = run.communicate(timeout=30)
+    assert sent > 3  # torch's own handler gives up at the third
+    assert (run.returncode, errors) == (code, "")
+    (saved,) = folder.glob("runs/*/checkpoints/*")
+    assert saved.name.startswith("save-0001-")
+    assert f"newest good checkpoint runs/{saved.relative_to(folder / 'runs')}" in output
+    (path,) = (folder / "runs").iterdir()
+    stopped = open_run(path).stopped
+    assert stopped is not None
+    assert saved.name.endswith(f"step-{stopped['step']:08d}")
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_while_the_ranks_save_leaves_the_checkpoint_before(folder: Path) -> None:
+    run = _start(folder, [COMMAND, "train", *SMALL, FOREVER, "checkpoint.interval_steps=50"])
+    deadline = time.monotonic() + 90
+    while not list(folder.glob("runs/*/checkpoints/save-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.05)  # a step takes a few milliseconds, a save and the end some ten times as much
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=20)
+    assert run.returncode == ExitCode.INTERRUPTED
+    _wait_until_gone(folder)
+    (path,) = (folder / "runs").iterdir()
+    kept = newest_good(path / "checkpoints")
+    assert kept is not None
+    done = int(kept.name.rpartition("-")[2])
+    steps = f"train.steps={done + 1}"
+    run = _start(folder, [COMMAND, "train", *SMALL, steps, f"resume={path}"])
+    output, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, errors
+    assert f"step {done + 1}/{done + 1}" in output
 
 
 def test_ctrl_c_while_the_workers_start_is_quiet_too(folder: Path) -> None:

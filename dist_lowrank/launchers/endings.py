@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -29,10 +29,30 @@ class Interrupted(SignalException):
     """Ctrl-C. It stops the workers by SIGTERM, because Python answers a very early SIGINT with a traceback."""
 
 
-def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """The handler of SIGINT in a launcher; a second one ends it at once."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(ExitCode.INTERRUPTED))  # Linux then kills the workers
-    raise Interrupted("interrupted", signal.SIGTERM)
+def stop_once(numbers: Iterable[signal.Signals]) -> None:
+    """In a launcher: the first of these signals, or of SIGINT, stops the workers, and later ones are ignored.
+
+    While they save, that is: torch's own handler, which has to be told of no signal, would give up waiting for them
+    at the third one, and with the launcher they are killed. A second SIGINT does end all at once. What this process was
+    started to ignore, as SIGHUP by `nohup`, it ignores.
+    """
+    first: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        if not first:
+            first.append(number)
+            raise SignalException("stopped", signal.Signals(number))
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(ExitCode.INTERRUPTED))  # Linux then kills the workers
+        if not first:
+            first.append(number)
+            raise Interrupted("interrupted", signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, interrupt)
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
 
 
 def how_stopped(folder: RunFolder) -> ExitCode:

@@ -17,16 +17,16 @@ from dist_lowrank.config import RunConfig, RunFolder, begin_again
 from dist_lowrank.exit_codes import RESTARTED, ExitCode
 from dist_lowrank.launchers import loopback
 from dist_lowrank.launchers.console import SharedConsole
-from dist_lowrank.launchers.endings import Interrupted, first_failure, how_stopped, interrupt
+from dist_lowrank.launchers.endings import Interrupted, first_failure, how_stopped, stop_once
 from dist_lowrank.launchers.preparation import resolve_processes
 
 
 def launch(config: RunConfig, folder: RunFolder) -> int:
     """Runs `dist_lowrank.worker` in one process per GPU, or in gloo processes on a CPU, and waits for them.
 
-    After SIGINT, SIGTERM or SIGUSR1 the workers save and end with the current step; after a second SIGINT all end at
-    once. No worker outlives this call. After a failure that another try may cure they are started again, in a new
-    attempt, `launcher.max_restarts` times.
+    After SIGINT, SIGTERM or SIGUSR1 the workers save and end with the current step, whatever signals come meanwhile,
+    but for a second SIGINT, after which all end at once. No worker outlives this call. After a failure that another try
+    may cure they are started again, in a new attempt, `launcher.max_restarts` times.
 
     Returns:
         The exit code of the command, see `ExitCode`.
@@ -63,10 +63,8 @@ def _launch_once(config: RunConfig, folder: RunFolder) -> ExitCode:
         shutdown_timeout=config.launcher.stop_seconds,
         logs_specs=SharedConsole(),
     )
-    heard = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-    ignored = [number for number in heard if signal.getsignal(number) is signal.SIG_IGN]  # SIGHUP under nohup
-    settings.signals_to_handle = ",".join(number.name for number in heard if number not in ignored)
-    signal.signal(signal.SIGINT, interrupt)
+    settings.signals_to_handle = ""  # by torch
+    stop_once((signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1))
     worker = ("-m", "dist_lowrank.worker", str(folder.attempt_path), "--launcher", str(os.getpid()))
     try:
         elastic_launch(settings, sys.executable)(*worker)
