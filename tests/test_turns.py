@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_lowrank.dictionaries import DictionaryCache
 from dist_lowrank.optim import DCTAdamW, Muon, engine
-from dist_lowrank.optim.transient import sent_bytes
+from dist_lowrank.optim.transient import held_bytes, sent_bytes
 from dist_lowrank.optim.wave import LEAST_SENT_BYTES, Job, count_steps, cut_waves, update_wave
 from dist_lowrank.sharding.turns import Activity, finish, take_turns
 
@@ -175,6 +175,9 @@ def _cuts(rank: int) -> None:
     assert len(small) == 7
     whole = [len(wave) for wave in cut_waves(_jobs(Muon(square[:8])), 2**30)]
     assert whole == [4, 4]  # two for each owner
+    owned = _jobs(Muon(square))
+    for fitting in (5, 7, 16):  # matrices in the workspace; only of the last do two waves take turns
+        assert [len(wave) for wave in cut_waves(owned, fitting * held_bytes(*owned[0]))] == [4] * 4
     mesh = init_device_mesh("cpu", (2,))
     sharded = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None)) for p in square]
     (aligned,) = cut_waves(_jobs(DCTAdamW(sharded, rank=0.5)), 2**30)  # sums of 4 KiB
