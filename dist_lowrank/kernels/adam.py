@@ -19,9 +19,8 @@ def adam_direction(
         step: t, from 1; or a tensor () on the device, float32.
     """
     beta1, beta2 = betas
-    tensors = (coefficients, mean, square)
-    fused = coefficients.device.type in _FUSED_DEVICES and all(each.is_contiguous() for each in tensors)
-    if not fused or torch.compiler.is_compiling():  # which fuses by itself, and cannot trace the kernel
+    contiguous = coefficients.is_contiguous() and mean.is_contiguous() and square.is_contiguous()
+    if not contiguous or coefficients.device.type not in _FUSED_DEVICES or torch.compiler.is_compiling():  # which fuses by itself, and cannot trace the kernel
         step = step.double() if isinstance(step, Tensor) else step
         mean.lerp_(coefficients, 1 - beta1)
         square.mul_(beta2).addcmul_(coefficients, coefficients, value=1 - beta2)
