@@ -2,10 +2,11 @@
 
     python benchmarks/optimizer_step.py [--sizes 60m 350m] [--layers 2] [--dtype bfloat16] [--device cuda] [--write]
 
-Every contender takes turns with torch's foreach AdamW on the same weights and gradients, so that a busy moment of the
-machine hits both, and is then dropped, so that the largest model need not hold all states at once. Shown are medians
-and, because a busy machine only ever adds, the least. Where others use the machine, `--clock processor --threads 1`
-measures what a step takes of a core: threads of a step that wait for each other count what others take.
+Every contender takes turns with torch's foreach AdamW, and a step on r columns with its two matrix products alone, on
+the same weights and gradients, so that a busy moment of the machine hits all. It is then dropped, so that the largest
+model need not hold all states at once. Shown are medians and, because a busy machine only ever adds, the least, of
+which the ratios to products are. Where others use the machine, `--clock processor --threads 1` measures what a step
+takes of a core: threads of a step that wait for each other count what others take.
 
 The bounds: the two matrix products that a step on r columns cannot do without, `A D_I` and the lift, alone; and the
 roofline, the larger of bytes moved over the measured bandwidth of a copy and operations over the measured rate of a
@@ -246,34 +247,35 @@ def table(size: str, layers: int | None, options: argparse.Namespace) -> list[st
         parameter.grad = 0.01 * torch.randn_like(parameter)
     bandwidth, rate = machine_rates(dtype, 64 if options.short else 1024 if device.type == "cpu" else 8192, options)
     adamw = torchs("AdamW", foreach=True)(parameters)
-    bounds: dict[str, float] = {}
+    bounds = {
+        label: [products(fraction, torchs_own)(parameters) for torchs_own in (False, True)]
+        for label, fraction in RANKS.items()
+    }
     count = sum(parameter.numel() for parameter in parameters)
     lines = [
         f"{size}, {layers or SIZES[size][2]} layers, {count / 1e6:.1f} M parameters in {len(shapes)} matrices, "
         f"{options.dtype}; {options.clock} time, {torch.get_num_threads()} threads; {bandwidth / 1e9:.0f} GB/s, "
         f"{rate / 1e9:.0f} GFLOP/s.",
         "",
-        "| step | median, ms | least, ms | x foreach AdamW | x two products | roofline, ms |",
-        "|---|---|---|---|---|---|",
+        "| step | median, ms | least, ms | x foreach AdamW | x two products | x by torch's own | roofline, ms |",
+        "|---|---|---|---|---|---|---|",
     ]
     for contender in contenders(shapes, dtype, device):
-        if options.only not in contender.name and not contender.name.startswith("the two products"):
+        if options.only not in contender.name:
             continue
         try:
             step = contender.make(parameters)
         except ImportError as error:
-            lines.append(f"| {contender.name} | not installed: {error.name} | | | | |")
+            lines.append(f"| {contender.name} | not installed: {error.name} | | | | | |")
             continue
         with torch.no_grad():
-            reference, times = in_turns([adamw, step], options)
-        if contender.name.startswith("the two products"):
-            bounds[str(contender.products)] = min(times)
-        bound = bounds.get(str(contender.products))
+            reference, *of_products, times = in_turns([adamw, *bounds.get(str(contender.products), []), step], options)
+        ratios = [f"{min(times) / min(each):.2f}" for each in of_products] or ["", ""]
         lower = max((contender.bytes_moved or 0) / bandwidth, (contender.operations or 0) / rate)
         lines.append(
             f"| {contender.name} | {statistics.median(times):.2f} | {min(times):.2f} | "
             f"{statistics.median(times) / statistics.median(reference):.2f} | "
-            f"{'' if bound is None else f'{min(times) / bound:.2f}'} | {f'{1e3 * lower:.2f}' if lower else ''} |"
+            f"{' | '.join(ratios)} | {f'{1e3 * lower:.2f}' if lower else ''} |"
         )
         print(lines[-1], flush=True)
     return lines
@@ -282,7 +284,7 @@ def table(size: str, layers: int | None, options: argparse.Namespace) -> list[st
 def main(arguments: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["60m", "350m"])
-    parser.add_argument("--only", default="", help="lines whose name contains this, and the two products")
+    parser.add_argument("--only", default="", help="lines whose name contains this")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and gradients")
     parser.add_argument("--device", default="cpu")

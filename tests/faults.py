@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_lowrank.checkpoint.folders import committed
 from dist_lowrank.config import RunFolder
-from dist_lowrank.optim import columns, engine
+from dist_lowrank.optim import columns, wave
 from dist_lowrank.training import run
 from dist_lowrank.training.position import Position
 
@@ -41,7 +41,7 @@ class Fault:
     def arm(self) -> None:
         """Puts itself in the way of this process."""
         _before(Position, "enter", self._entering)
-        _before(engine, "update_wave", lambda wave, *_: self.strike_in("step", _gradients(wave)))
+        _before(wave, "_turns_of_update", lambda jobs, *_: self.strike_in("step", _gradients(jobs)))
         _before(columns, "column_scores", lambda coordinates, *_: self.strike_in("refresh", [coordinates]))
         _before(HuggingFaceStorageWriter, "write_data", self._writing)
         _before(run.Trainer, "_save", self._keep_trainer)

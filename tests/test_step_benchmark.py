@@ -34,8 +34,8 @@ def test_the_short_form_times_every_contender_beside_its_bounds(dtype: str) -> N
             assert "not installed" in lines[name][1]
         else:
             assert float(lines[name][1]) > 0
-    assert float(lines["the two products, n/4"][4]) == 1  # of themselves
-    assert float(lines["DCTAdamW n/4"][4]) > 0
+    for name in ("the two products, n/4", "the same by torch's mm and addmm_, n/4", "DCTAdamW n/4"):
+        assert all(float(cell) > 0 for cell in lines[name][4:6])  # of the products by our library, and by torch's own
 
 
 def test_a_table_goes_between_the_comments_of_its_name() -> None:

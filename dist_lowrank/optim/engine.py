@@ -42,7 +42,7 @@ from dist_lowrank.optim.options import PATH_OPTIONS, check_choice, check_count, 
 from dist_lowrank.optim.recipe import Recipe
 from dist_lowrank.optim.saved_state import SavedState
 from dist_lowrank.optim.shared_dictionary import dictionaries_of_step, join_roles, shares_dictionary
-from dist_lowrank.optim.wave import Job, count_steps, cut_waves, no_autocast, update_wave, verify_columns
+from dist_lowrank.optim.wave import Job, count_steps, cut_waves, no_autocast, update_waves, verify_columns
 from dist_lowrank.sharding.pieces import FlatPart, FlatPlace, check_parts
 from dist_lowrank.sharding.turns import Activity, at_once, take_turns
 
@@ -182,7 +182,7 @@ class LowRankOptimizer(Diagnostics, SavedState, ABC):
         learning = dictionaries_of_step(jobs, self._matrices(), state, self._dictionaries, self.workspace_bytes)
         with no_autocast({bound.parameter.device.type for bound in everything}), learning as kept_bytes:
             workspace_bytes = self.workspace_bytes - kept_bytes
-            updates = [update_wave(wave, state, self._dictionaries) for wave in cut_waves(jobs, workspace_bytes)]
+            updates = update_waves(cut_waves(jobs, workspace_bytes), state, self._dictionaries)
             for options, parameters in dense:
                 for part in dense_waves(parameters, workspace_bytes):
                     step = partial(dense_step, part, [each.state(state[each.tensor]) for each in part], options)
@@ -253,7 +253,8 @@ class LowRankOptimizer(Diagnostics, SavedState, ABC):
             )
             position += len(parameters)
             matrices = [matrix for bound in by_group[-1] for matrix in bound.matrices]
-            if matrices and shares_dictionary(self.recipe(group)):
+            may_share = "shared" in (group.get("dictionary"), group.get("subspace"))  # else no recipe need be made
+            if matrices and may_share and shares_dictionary(self.recipe(group)):
                 with torch.inference_mode(False):
                     join_roles(matrices, group["role"], self._state)
         if not known:

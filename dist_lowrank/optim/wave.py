@@ -115,6 +115,28 @@ def count_steps(jobs: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]
         torch._foreach_add_(list(distinct.values()), 1)
 
 
+def update_waves(
+    waves: Iterable[Sequence[Job]], state: Mapping[Tensor, Mapping[str, Tensor]], cache: DictionaryCache
+) -> list[Activity]:
+    """Updates the matrices of all waves: an activity for each whose matrices ranks share, one for all others.
+
+    These come last, as they wait for nothing and so fill the time in which what was sent is under way.
+    """
+    shared: list[Sequence[Job]] = []
+    alone: list[Sequence[Job]] = []
+    for wave in waves:
+        (alone if wave[0][0].layout.group is None else shared).append(wave)
+
+    def update_alone() -> None:
+        for wave in alone:
+            finish(_turns_of_update(wave, state, cache))
+
+    activities = [update_wave(wave, state, cache) for wave in shared]
+    if alone:
+        activities.append(Activity(at_once(update_alone), lambda: max(map(in_flight_bytes, alone))))
+    return activities
+
+
 def update_wave(wave: Sequence[Job], state: Mapping[Tensor, Mapping[str, Tensor]], cache: DictionaryCache) -> Activity:
     """Updates the matrices of a wave. Collective over the ranks that share them.
 

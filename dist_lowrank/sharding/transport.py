@@ -27,7 +27,8 @@ def fetch_rows(
         for layout, gradient, dtype in zip(layouts, gradients, dtypes, strict=True)
     ]
     exchanged = {index: layout for index, layout in enumerate(layouts) if isinstance(layout, Exchanged)}
-    for group, members in _channels({k: layout for k, layout in exchanged.items() if layout.exchanges}, rows):
+    exchanging = {index: layout for index, layout in exchanged.items() if layout.exchanges}
+    for group, members in _channels(exchanging, rows) if exchanging else ():
         incoming = yield from exchange(
             [exchanged[index].outgoing(rows[index]) for index in members],
             [exchanged[index].incoming_shapes() for index in members],
