@@ -20,9 +20,8 @@ def adam_direction(
     """
     beta1, beta2 = betas
     contiguous = coefficients.is_contiguous() and mean.is_contiguous() and square.is_contiguous()
-    if (
-        not contiguous or coefficients.device.type not in _FUSED_DEVICES or torch.compiler.is_compiling()
-    ):  # which fuses by itself, and cannot trace the kernel
+    fused = contiguous and coefficients.device.type in _FUSED_DEVICES
+    if not fused or torch.compiler.is_compiling():  # which fuses by itself, and cannot trace the kernel
         step = step.double() if isinstance(step, Tensor) else step
         mean.lerp_(coefficients, 1 - beta1)
         square.mul_(beta2).addcmul_(coefficients, coefficients, value=1 - beta2)

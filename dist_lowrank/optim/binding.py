@@ -58,7 +58,7 @@ class BoundMatrix:
         return self.piece.stack is None or self.piece.stack.present
 
     def state(self, of_parameter: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """This rank's tensors of this matrix, and of plain parameters perhaps others, out of their state."""
+        """This rank's tensors of this matrix, out of the state of its parameter; perhaps also a role's dictionary."""
         if self.piece.whole and self.layout.mesh is None:
             return of_parameter
         own = {key: local(of_parameter[self.piece.prefix + key]) for key in ("step", *self.specs)}
