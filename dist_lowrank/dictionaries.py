@@ -294,7 +294,7 @@ class Dictionary:
             else:
                 narrow_products.add_product(target, factors.to(self.operands), atoms, beta=beta, alpha=scale)
 
-    def _atoms_in_blocks(self, indices: Tensor, chosen: Tensor | None) -> Iterable[tuple[slice, Tensor]]:
+    def _atoms_in_blocks(self, indices: Tensor, chosen: Tensor | None = None) -> Iterable[tuple[slice, Tensor]]:
         """`D[:, indices[part]]^T` for the parts that make up the indices; one part if the matrix is there."""
         if self._formula is None:
             return [(slice(0, len(indices)), self.atoms.index_select(0, indices) if chosen is None else chosen)]
